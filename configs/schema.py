@@ -1,0 +1,287 @@
+"""What can be set, as nested dataclasses: the field docstrings are the help texts of `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelConfig:
+    """The policy.
+
+    Args:
+        path: Hugging Face folder (or hub id) of the policy. Unset: a small policy is warmed up on the data first and
+            cached (see `warmup`).
+        dtype: Type of weights and arithmetic; auto is float32 on CPU and bfloat16 on GPU.
+        attention: Attention code of transformers; sdpa and eager take the 4-D masks that rollouts need.
+        trust_remote_code: Run Python code that comes with the model folder.
+    """
+
+    path: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Catalogue and rows.
+
+    Args:
+        path: Folder of the data; `demo` is the built-in world.
+        format: Format of the folder; auto looks at its files.
+        prompt_template: Prompt of rows that bring none; `{history}` is the user's items as Sids, oldest first, and
+            `{titles}` their titles.
+        max_history: Newest items of the history that stay in the prompt.
+        max_prompt_tokens: Longest prompt; a longer one is a bad row.
+        on_bad_rows: stop refuses to train on data with bad rows; skip leaves them out and says how many.
+        rl_users: Share of the training users kept aside from the warm-up; RL trains on their rows alone. 0 trains both
+            on all rows.
+    """
+
+    path: str = "demo"
+    format: Literal["auto", "sidrl", "minionerec", "openonerec"] = "auto"
+    prompt_template: str = "{history}\n"
+    max_history: int = 10
+    max_prompt_tokens: int = 512
+    on_bad_rows: Literal["stop", "skip"] = "stop"
+    rl_users: float = 0.4
+
+
+@dataclass
+class WarmupConfig:
+    """The small policy that is trained from scratch by next-item SFT when `model.path` is unset.
+
+    Args:
+        hidden_size: Width of the model.
+        layers: Number of layers.
+        heads: Attention heads.
+        epochs: Most passes over the rows; training stops earlier when the loss on valid stops falling.
+        patience: Evaluations without a better loss on valid before it stops.
+        evals_per_epoch: Evaluations on valid in each pass.
+        batch_size: Rows per step.
+        learning_rate: Peak learning rate (AdamW, linear decay).
+        weight_decay: Decoupled weight decay.
+        dropout: Dropout on attention weights.
+        max_steps: Stops after so many steps whatever else is set; 0 sets no limit.
+    """
+
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    epochs: int = 20
+    patience: int = 3
+    evals_per_epoch: int = 2
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    dropout: float = 0.1
+    max_steps: int = 0
+
+
+@dataclass
+class RolloutConfig:
+    """How rollouts are drawn.
+
+    Args:
+        engine: vllm, hf (Hugging Face), or auto: vllm where it can be imported, else hf.
+        num_engines: Engines, each a Ray actor; prompts are spread over them.
+        group_size: Rollouts per prompt, G.
+        sampler: sample draws G independent items under the trie; beam takes the G best distinct items.
+        temperature: Sampling temperature; the same one divides the logits in the update.
+        sync: How new weights reach the engines: merged (LoRA folded into full weights) or adapter (vLLM's LoRA).
+        max_batch_prompts: Prompts that the hf engine computes at once.
+        kv_cache_gb: Memory for vLLM's key-value cache on CPU.
+        gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
+        cpus_per_engine: CPUs that Ray counts for an engine when it places it.
+        gpus_per_engine: GPUs of an engine; -1 takes 1 where the cluster has GPUs and 0 where it has none.
+        threads: CPU threads of an engine; 0 takes all (engines and trainer take turns).
+    """
+
+    engine: Literal["auto", "vllm", "hf"] = "auto"
+    num_engines: int = 1
+    group_size: int = 16
+    sampler: Literal["sample", "beam"] = "sample"
+    temperature: float = 1.0
+    sync: Literal["merged", "adapter"] = "merged"
+    max_batch_prompts: int = 64
+    kv_cache_gb: int = 1
+    gpu_memory_utilization: float = 0.4
+    cpus_per_engine: float = 1.0
+    gpus_per_engine: float = -1.0
+    threads: int = 0
+
+
+@dataclass
+class RewardConfig:
+    """One reward of the weighted sum.
+
+    Args:
+        reward: Built-in or entry-point name such as `ndcg@10`, or `package.module:Name`, or `path/to/file.py:Name`.
+        weight: Factor in the sum.
+        name: Name in metrics and files; empty takes the value of `reward`.
+        params: Keyword arguments of the reward.
+    """
+
+    reward: str = "ndcg@10"
+    weight: float = 1.0
+    name: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RLConfig:
+    """The policy update.
+
+    Args:
+        steps: Optimizer steps (one batch of rollouts each).
+        prompts_per_step: Prompts per step; each brings `rollout.group_size` rollouts.
+        micro_batch_groups: Groups per forward and backward pass; must divide `prompts_per_step`.
+        epochs_per_batch: Passes over each batch of rollouts.
+        learning_rate: Peak learning rate.
+        lr_schedule: Schedule of transformers: linear, cosine, constant, constant_with_warmup.
+        lr_warmup_steps: Steps of linear warm-up of the learning rate.
+        kl_coef: Weight of the KL divergence to the reference (k3 estimator); 0 needs no reference.
+        clip_low: The importance ratio is clipped at 1 - clip_low from below.
+        clip_high: The importance ratio is clipped at 1 + clip_high from above.
+        scale_rewards: Divide advantages by the standard deviation of the group, of the batch, or not at all.
+        support: Distribution of policy and reference at SID positions: trie (what is sampled and deployed) or full
+            (the whole vocabulary, as peers do; biased, for comparison).
+        max_grad_norm: Gradients are clipped to this norm.
+    """
+
+    steps: int = 100
+    prompts_per_step: int = 64
+    micro_batch_groups: int = 16
+    epochs_per_batch: int = 1
+    learning_rate: float = 1e-3
+    lr_schedule: str = "constant_with_warmup"
+    lr_warmup_steps: int = 5
+    kl_coef: float = 0.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    support: Literal["trie", "full"] = "trie"
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class LoraConfig:
+    """LoRA through PEFT.
+
+    Args:
+        enabled: Train an adapter; false trains all weights.
+        r: Rank.
+        alpha: Scale; the update is multiplied by alpha / r.
+        dropout: Dropout on the adapter's input.
+        target_modules: Names of the layers that get an adapter, or `all-linear`.
+        extra: Any other field of `peft.LoraConfig`.
+    """
+
+    enabled: bool = True
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EvalConfig:
+    """Deployed-style evaluation by constrained beam search.
+
+    Args:
+        split: Rows to evaluate on.
+        before: Evaluate before training.
+        after: Evaluate after training.
+        every: Also evaluate on valid every so many steps; 0 never.
+        beam_width: Items per list.
+        max_samples: Evaluate on the first so many rows; 0 takes all.
+        batch_prompts: Prompts computed at once.
+        bootstrap: Resamples of the 95 % intervals.
+        unconstrained_samples: Rows on which the policy writes one item without the trie, to see how many are legal.
+    """
+
+    split: Literal["valid", "test"] = "test"
+    before: bool = True
+    after: bool = True
+    every: int = 0
+    beam_width: int = 50
+    max_samples: int = 0
+    batch_prompts: int = 64
+    bootstrap: int = 1000
+    unconstrained_samples: int = 512
+
+
+@dataclass
+class RayConfig:
+    """Where the run's processes live.
+
+    Args:
+        address: Cluster to join. Unset joins the cluster the run was submitted to, or starts Ray on this machine.
+        trainer_cpus: CPUs that Ray counts for the trainer.
+        trainer_gpus: GPUs of the trainer; -1 takes 1 where the cluster has more GPUs than engines need, else 0.
+    """
+
+    address: str | None = None
+    trainer_cpus: float = 1.0
+    trainer_gpus: float = -1.0
+
+
+@dataclass
+class OutputConfig:
+    """What a run writes besides metrics and summary.
+
+    Args:
+        rollouts_every: Write every rollout of each so-many-th step as Parquet; 0 never.
+        checkpoint_every: Write a checkpoint every so many steps; 0 only at the end.
+        keep_checkpoints: Newest checkpoints that are kept.
+        merged_model: Also write the merged model in Hugging Face format.
+    """
+
+    rollouts_every: int = 10
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    merged_model: bool = False
+
+
+@dataclass
+class RunConfig:
+    """RL post-training of a recommender that writes semantic ids.
+
+    Args:
+        algo: Algorithm; its defaults are the file of the same name under `configs/algo/`.
+        output_dir: Folder of the run; unset makes `runs/<algo>-<date>-<time>`.
+        resume: Folder of an earlier run to continue from its newest whole checkpoint; its settings are the defaults.
+        seed: Seed of everything that is drawn.
+        dry_run: Check data, model, tokens, rewards and cluster, print the settings and the plan, train nothing.
+        model: The policy.
+        data: Catalogue and rows.
+        warmup: The policy that is made when `model.path` is unset.
+        rollout: How rollouts are drawn.
+        rewards: Weighted list of rewards.
+        rl: The policy update.
+        lora: LoRA through PEFT.
+        eval: Evaluation before and after.
+        ray: Where the processes live.
+        output: What a run writes.
+        trl: Any other field of `trl.GRPOConfig`.
+    """
+
+    algo: Literal["grpo"] = "grpo"
+    output_dir: str | None = None
+    resume: str | None = None
+    seed: int = 0
+    dry_run: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    rl: RLConfig = field(default_factory=RLConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    trl: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Training: the loop, the TRL trainer, algorithms, warm-up, evaluation, report."""

@@ -1,0 +1,1 @@
+"""Catalogue, trie, search and the engines that write items under a trie."""

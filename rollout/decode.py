@@ -1,0 +1,50 @@
+"""From token ids back to items: what an engine's tokens mean in the catalogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from rollout.catalog import Catalog
+from rollout.sid import SidVocab
+from rollout.trie import SidTrie
+from rollout.types import Rollout, RolloutGroup, Sample
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A catalogue and its trie over one tokenizer's ids; leaves of the trie are the catalogue's sid indices."""
+
+    catalog: Catalog
+    trie: SidTrie
+
+    @classmethod
+    def build(cls, catalog: Catalog, vocab: SidVocab, vocab_size: int) -> Decoder:
+        """The trie of every distinct Sid of the catalogue. Raises ValueError when a token id is >= vocab_size."""
+        return cls(catalog, SidTrie.from_paths(vocab.paths(catalog.sids_SL), vocab_size))
+
+    @cached_property
+    def paths(self) -> np.ndarray:
+        """Token ids of every leaf in order, int64 [leaves, L]."""
+        return self.trie.paths()
+
+    def group(
+        self, sample: Sample, tokens_GL: np.ndarray, logps_GL: np.ndarray, constrained: bool, policy_version: int
+    ) -> RolloutGroup:
+        """One group from the tokens [G, L] and log-probabilities [G, L] that an engine gave."""
+        sids_G = self.trie.rows(self.trie.walk(tokens_GL)[:, -1])
+        rollouts = tuple(
+            Rollout(
+                token_ids=tuple(tokens),
+                logps_sampler=tuple(logps),
+                on_trie=(constrained,) * len(tokens),
+                sids=(sid,) if sid >= 0 else (),
+                items=(self.catalog.items_of_sid(sid),) if sid >= 0 else (),
+                policy_version=policy_version,
+                finish_reason="item" if sid >= 0 else "illegal",
+            )
+            for tokens, logps, sid in zip(tokens_GL.tolist(), logps_GL.tolist(), sids_G.tolist(), strict=True)
+        )
+        return RolloutGroup(sample, rollouts)

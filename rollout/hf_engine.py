@@ -1,0 +1,101 @@
+"""The reference engine: a Hugging Face model, prompts computed once and branches grown under the trie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rollout.decode import Decoder
+from rollout.search import beam, draw
+from rollout.support import TorchTrie
+from rollout.types import RolloutGroup, Sample, Sampling
+from rollout.weights import checksum
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 without one."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def load_policy(
+    path: str | os.PathLike[str], *, dtype: str = "auto", attention: str = "sdpa", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model on the GPU if there is one, in eval mode.
+
+    Raises:
+        ValueError: when the folder holds no model that transformers can load.
+    """
+    if not Path(path).is_dir() and Path(path).is_absolute():
+        raise ValueError(f"model.path={path}: no such folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch_dtype(dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model.path={path}: no causal language model could be loaded from it: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+class HFEngine:
+    """Generates groups with a model of transformers, which may be shared with a trainer."""
+
+    name = "hf"
+
+    def __init__(self, model: PreTrainedModel, decoder: Decoder, *, max_batch_prompts: int = 64) -> None:
+        self.model = model
+        self.decoder = decoder
+        self.trie = TorchTrie(decoder.trie, model.device)
+        self.max_batch_prompts = max_batch_prompts
+        self.policy_version = 0
+
+    def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        """One group per sample, in order."""
+        groups: list[RolloutGroup | None] = [None] * len(samples)
+        # Prompts of similar length go together, so that little is padding.
+        order = sorted(range(len(samples)), key=lambda index: len(samples[index].prompt_ids))
+        was_training = self.model.training
+        self.model.eval()
+        for start in range(0, len(order), self.max_batch_prompts):
+            rows = order[start : start + self.max_batch_prompts]
+            batch = [samples[row] for row in rows]
+            for row, sample, (tokens_GL, logps_GL) in zip(rows, batch, self._batch(batch, sampling), strict=True):
+                groups[row] = self.decoder.group(sample, tokens_GL, logps_GL, sampling.constrained, self.policy_version)
+        self.model.train(was_training)
+        return [group for group in groups if group is not None]
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> str:
+        """Copy full weights in; the checksum is that of the model's own tensors afterwards.
+
+        Raises:
+            ValueError: when the weights are not those of this model.
+        """
+        own = self.model.state_dict()
+        try:
+            result = self.model.load_state_dict(dict(weights), strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"weights of version {version} do not fit the engine's model: {error}") from error
+        missing = [name for name in result.missing_keys if not name.startswith("lm_head.")]
+        if missing or result.unexpected_keys:
+            raise ValueError(f"weights of version {version}: missing {missing[:3]}, unknown {result.unexpected_keys[:3]}")
+        self.policy_version = version
+        return checksum({name: own[name] for name in weights})
+
+    def _batch(self, samples: Sequence[Sample], sampling: Sampling) -> list[tuple[np.ndarray, np.ndarray]]:
+        if sampling.sampler != "beam":
+            tokens_BGL, logps_BGL = draw(self.model, self.trie, samples, sampling)
+            return list(zip(tokens_BGL, logps_BGL, strict=True))
+        prompts = [sample.prompt_ids for sample in samples]
+        leaves_BW, logps_BWL = beam(self.model, self.trie, prompts, sampling.group_size, sampling.temperature)
+        paths = self.decoder.paths
+        first_leaf = self.decoder.trie.level_start[-2]
+        return [
+            (paths[leaves[leaves >= 0] - first_leaf], logps[leaves >= 0])
+            for leaves, logps in zip(leaves_BW, logps_BWL, strict=True)
+        ]

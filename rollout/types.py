@@ -1,0 +1,181 @@
+"""The nouns that flow through the loop: Sample, Rollout, RolloutGroup, Sampling. Frozen, complete from birth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+Message = dict[str, str]
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of data before tokenisation. Items are catalogue rows.
+
+    Attributes:
+        source: where it was read, such as `train.csv:17`; unique within a split.
+        user: the user's name ("" where the data has none).
+        history: items the user had, oldest first.
+        targets: items that count as right, never empty.
+        gains: relevance of each target, > 0.
+        prompt: text or chat messages; None lets the prompt template write it from the history.
+        task: name of the task the row belongs to.
+        candidates: the only items that may be recommended, None for the whole catalogue.
+    """
+
+    source: str
+    user: str
+    history: tuple[int, ...]
+    targets: tuple[int, ...]
+    gains: tuple[float, ...]
+    prompt: Prompt | None = None
+    task: str = "next_item"
+    candidates: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ValueError(f"{self.source}: no target item")
+        if len(self.gains) != len(self.targets) or min(self.gains) <= 0:
+            raise ValueError(f"{self.source}: {len(self.targets)} targets need as many gains, each > 0; got {self.gains}")
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"{self.source}: a target item is named twice")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A Record ready for an engine: its prompt as token ids, ending where the first item token comes next."""
+
+    record: Record
+    prompt_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError(f"{self.record.source}: the prompt is empty; an engine needs at least one token")
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Items that count as right."""
+        return self.record.targets
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """Relevance of each target."""
+        return self.record.gains
+
+
+Sampler = Literal["sample", "beam", "greedy"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rollouts are drawn.
+
+    Attributes:
+        group_size: rollouts per sample, G.
+        sampler: `sample` draws G independent items, `beam` lists the G most likely distinct items, best first
+            (fewer when the catalogue has fewer), `greedy` takes the likeliest token each step.
+        temperature: logits are divided by it before the softmax; > 0.
+        constrained: True restricts every SID position to the trie's children; False leaves the whole vocabulary.
+        seed: seeds every draw; the same seed, prompts and weights give the same rollouts.
+    """
+
+    group_size: int
+    sampler: Sampler = "sample"
+    temperature: float = 1.0
+    constrained: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be > 0 (take sampler='greedy' for the argmax)")
+        if self.sampler not in ("sample", "beam", "greedy"):
+            raise ValueError(f"sampler={self.sampler!r} must be one of sample, beam, greedy")
+        if self.sampler == "beam" and not self.constrained:
+            raise ValueError("sampler='beam' lists items of the trie; it needs constrained=True")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion.
+
+    Attributes:
+        token_ids: the completion's T tokens.
+        logps_sampler: log-probability of each token under the distribution it was drawn from.
+        on_trie: per token, True when that distribution was over the trie's children, False for the whole vocabulary.
+        sids: sid indices (rows of `Catalog.sids_SL`) that the completion writes, in order; empty when it is illegal.
+        items: for each of `sids`, the items that share it.
+        policy_version: version of the weights that wrote it.
+        finish_reason: `item` when a whole item was written, `illegal` when the tokens are no item.
+    """
+
+    token_ids: tuple[int, ...]
+    logps_sampler: tuple[float, ...]
+    on_trie: tuple[bool, ...]
+    sids: tuple[int, ...]
+    items: tuple[tuple[int, ...], ...]
+    policy_version: int
+    finish_reason: Literal["item", "illegal"]
+
+    def __post_init__(self) -> None:
+        if not len(self.token_ids) == len(self.logps_sampler) == len(self.on_trie):
+            raise ValueError("a rollout needs one log-probability and one support flag for each token")
+
+    @property
+    def legal(self) -> bool:
+        """Whether every token belongs to an item of the catalogue."""
+        return self.finish_reason == "item"
+
+    @property
+    def logp(self) -> float:
+        """Log-probability of the whole completion."""
+        return float(sum(self.logps_sampler))
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """One Sample and its G Rollouts: the unit of reward and of advantage, never split."""
+
+    sample: Sample
+    rollouts: tuple[Rollout, ...]
+
+    def __post_init__(self) -> None:
+        versions = {rollout.policy_version for rollout in self.rollouts}
+        if len(versions) != 1:
+            raise ValueError(f"{self.sample.record.source}: rollouts of policy versions {sorted(versions)} in one group")
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights that wrote the whole group."""
+        return self.rollouts[0].policy_version
+
+    def ranking(self) -> list[int]:
+        """The group as a ranked list of distinct sid indices: likeliest first, ties by first appearance.
+
+        A rollout that writes several items is ranked as a block, in the order it wrote them. Illegal ones are left out.
+        """
+        order = np.argsort([-rollout.logp for rollout in self.rollouts], kind="stable")
+        ranked = (sid for index in order for sid in self.rollouts[index].sids)
+        return list(dict.fromkeys(ranked))
+
+
+class Engine(Protocol):
+    """Generates groups and takes weights. The Hugging Face and the vLLM engine give the same distribution."""
+
+    name: str
+    policy_version: int
+
+    def generate(self, samples: list[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        """One group per sample, in order."""
+        ...
+
+    def load_weights(self, weights: dict[str, np.ndarray], version: int) -> str:
+        """Take the policy's full weights; returns the checksum of what was loaded."""
+        ...

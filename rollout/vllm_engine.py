@@ -1,0 +1,200 @@
+"""The default engine: vLLM in this process, with the trie as a logits processor."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rollout.decode import Decoder
+from rollout.search import sample_seed
+from rollout.types import RolloutGroup, Sample, Sampling
+from rollout.hf_engine import load_policy
+from rollout.weights import checksum, merged_weights, tied_head
+
+# In-process engine core: weights reach it without a second copy, and it dies with the actor that holds it.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+from rollout.vllm_trie import OPT_IN, TRIE_FOLDER, TrieProcessor
+
+
+class VLLMEngine:
+    """Generates groups with vLLM.
+
+    Args:
+        model_path: Hugging Face folder of the policy the engine starts with.
+        decoder: catalogue and trie.
+        dtype: auto, float32 or bfloat16; auto is float32 on CPU.
+        max_prompt_tokens: longest prompt.
+        kv_cache_gb: key-value cache on CPU.
+        gpu_memory_utilization: share of a GPU's memory.
+        lora_rank: > 0 makes room for adapters of that rank (`rollout.sync: adapter`).
+        trust_remote_code: run code that comes with the model.
+
+    The model's own `generation_config.json` is never read: nothing but `Sampling` shapes the distribution.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model_path: str,
+        decoder: Decoder,
+        *,
+        dtype: str = "auto",
+        max_prompt_tokens: int = 512,
+        kv_cache_gb: int = 1,
+        gpu_memory_utilization: float = 0.4,
+        lora_rank: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gb))
+        on_gpu = torch.cuda.is_available()
+        self.decoder = decoder
+        self.policy_version = 0
+        self._adapter: LoRARequest | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="sidrl-vllm-")
+        decoder.trie.save(Path(self._folder.name) / "trie")
+        # On CPU vLLM packs the output matrix when it loads and keeps the pack when tied weights are loaded again: the head
+        # would stay old. There the engine's copy is untied, and every load names the head itself.
+        start: dict[str, Any] = {} if on_gpu else {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
+        lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 1} if lora_rank else {}
+        self.llm = LLM(
+            model=str(model_path),
+            dtype=("float32" if not on_gpu else "bfloat16") if dtype == "auto" else dtype,
+            enforce_eager=not on_gpu,
+            max_model_len=max_prompt_tokens + decoder.trie.depth + 1,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            max_logprobs=-1,  # a beam asks for as many as it is wide
+            logits_processors=[TrieProcessor],
+            additional_config={TRIE_FOLDER: str(Path(self._folder.name) / "trie")},
+            enable_prefix_caching=True,
+            gpu_memory_utilization=gpu_memory_utilization,
+            trust_remote_code=trust_remote_code,
+            disable_log_stats=True,
+            **start,
+            **lora,
+        )
+        self._tied: tuple[str, str] | None = None
+        if not on_gpu:
+            policy = load_policy(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+            self._tied = tied_head(policy)
+            self.load_weights(merged_weights(policy), 0)
+
+    def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        """One group per sample, in order."""
+        if sampling.sampler == "beam":
+            return self._beam(samples, sampling)
+        greedy = sampling.sampler == "greedy"
+        width = 1 if greedy else sampling.group_size  # the greedy path is one: computed once, given G times
+        depth = self.decoder.trie.depth
+        params = [
+            self._params(
+                sampling,
+                n=width,
+                max_tokens=depth,
+                temperature=0.0 if greedy else sampling.temperature,
+                seed=sample_seed(sampling.seed, sample),
+                logprobs=0,
+            )
+            for sample in samples
+        ]
+        outputs = self._run([sample.prompt_ids for sample in samples], params)
+        groups = []
+        for sample, output in zip(samples, outputs, strict=True):
+            branches = sorted(output.outputs, key=lambda branch: branch.index)
+            tokens_GL = np.array([list(branch.token_ids) for branch in branches])
+            logps_GL = np.array([
+                [step[token].logprob for step, token in zip(branch.logprobs, branch.token_ids, strict=True)]
+                for branch in branches
+            ])
+            if greedy:
+                tokens_GL, logps_GL = (np.repeat(array, sampling.group_size, axis=0) for array in (tokens_GL, logps_GL))
+            groups.append(self.decoder.group(sample, tokens_GL, logps_GL, sampling.constrained, self.policy_version))
+        return groups
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> str:
+        """Load full weights in place; the checksum is that of the tensors handed to vLLM's loader."""
+        named = dict(weights)
+        if self._tied:
+            head, embedding = self._tied
+            named[head] = named[embedding]
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
+        self.llm.reset_prefix_cache()
+        self._adapter = None
+        self.policy_version = version
+        return checksum(weights)
+
+    def load_adapter(self, adapter: Mapping[str, torch.Tensor], config_json: str, version: int) -> str:
+        """Serve from now on with a LoRA adapter over the weights the engine started with.
+
+        Args:
+            adapter: PEFT's adapter state dict.
+            config_json: PEFT's `adapter_config.json`.
+            version: policy version; a new adapter id each time, so that vLLM cannot serve a stale one.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(self._folder.name) / f"adapter-{version}"
+        folder.mkdir(exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(config_json)
+        self._adapter = LoRARequest(f"policy-{version}", version + 1, str(folder))
+        self.llm.reset_prefix_cache()
+        self.policy_version = version
+        return checksum(adapter)
+
+    def _params(self, sampling: Sampling, prefix: int = 0, **settings: Any) -> SamplingParams:
+        return SamplingParams(
+            top_p=1.0,
+            top_k=-1,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={OPT_IN: prefix} if sampling.constrained else None,
+            **settings,
+        )
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: list[SamplingParams]) -> list[Any]:
+        requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        return self.llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)
+
+    def _beam(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        """Beams level by level: one call a level for all beams of all prompts, prompts cached by their prefix."""
+        trie, width = self.decoder.trie, sampling.group_size
+        beams: list[list[tuple[float, tuple[int, ...], tuple[float, ...]]]] = [[(0.0, (), ())] for _ in samples]
+        # temperature divides the logits before processed_logprobs are taken, so it shapes the beams' scores as well
+        for level in range(trie.depth):
+            flat = [(row, entry) for row, entries in enumerate(beams) for entry in entries]
+            prompts = [(*samples[row].prompt_ids, *tokens) for row, (_, tokens, _) in flat]
+            most = int(np.diff(trie.first_child[trie.level_start[level] : trie.level_start[level + 1] + 1]).max())
+            params = [self._params(sampling, level, max_tokens=1, temperature=sampling.temperature, logprobs=min(width, most))] * len(flat)
+            widened: list[list[tuple[float, tuple[int, ...], tuple[float, ...]]]] = [[] for _ in samples]
+            for (row, (score, tokens, logps)), output in zip(flat, self._run(prompts, params), strict=True):
+                for token, entry in output.outputs[0].logprobs[0].items():
+                    if np.isfinite(entry.logprob):
+                        widened[row].append((score + entry.logprob, (*tokens, token), (*logps, entry.logprob)))
+            beams = [sorted(entries, key=lambda entry: -entry[0])[:width] for entries in widened]
+        return [
+            self.decoder.group(
+                sample,
+                np.array([tokens for _, tokens, _ in entries]),
+                np.array([logps for _, _, logps in entries]),
+                True,
+                self.policy_version,
+            )
+            for sample, entries in zip(samples, beams, strict=True)
+        ]
