@@ -140,7 +140,7 @@ class RLConfig:
         micro_batch_groups: Groups per forward and backward pass; must divide `prompts_per_step`.
         epochs_per_batch: Passes over each batch of rollouts.
         learning_rate: Peak learning rate.
-        lr_schedule: Schedule of transformers: linear, cosine, constant, constant_with_warmup.
+        lr_schedule: Schedule of transformers: linear, cosine, constant, constant_with_warmup and others.
         lr_warmup_steps: Steps of linear warm-up of the learning rate.
         kl_coef: Weight of the KL divergence to the reference (k3 estimator); 0 needs no reference.
         clip_low: The importance ratio is clipped at 1 - clip_low from below.
@@ -148,7 +148,7 @@ class RLConfig:
         scale_rewards: Divide advantages by the standard deviation of the group, of the batch, or not at all.
         support: Distribution of policy and reference at SID positions: trie (what is sampled and deployed) or full
             (the whole vocabulary, as peers do; biased, for comparison).
-        max_grad_norm: Gradients are clipped to this norm.
+        max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
     """
 
     steps: int = 100
@@ -251,7 +251,7 @@ class RunConfig:
     """RL post-training of a recommender that writes semantic ids.
 
     Args:
-        algo: Algorithm; its defaults are the file of the same name under `configs/algo/`.
+        algo: Algorithm; its defaults are in the file of the same name under `configs/algo/`.
         output_dir: Folder of the run; unset makes `runs/<algo>-<date>-<time>`.
         resume: Folder of an earlier run to continue from its newest whole checkpoint; its settings are the defaults.
         seed: Seed of everything that is drawn.

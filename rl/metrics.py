@@ -74,7 +74,7 @@ def evaluate_lists(
     """
     if len(lists) != len(targets):
         raise ValueError(f"{len(lists)} lists for {len(targets)} target sets; one of each a user")
-    if not lists:
+    if len(lists) == 0:
         raise ValueError("no user to evaluate: lists and targets are empty")
     if bootstrap < 0:
         raise ValueError(f"eval.bootstrap={bootstrap} must be at least 0")

@@ -200,10 +200,14 @@ def _draw_bars(axes: Axes, summary: Mapping[str, Any]) -> None:
     for number, (name, values, intervals) in enumerate(sides):
         height = np.array([values.get(key, np.nan) for key in keys], dtype=float)
         spans = np.array([intervals.get(key) or (np.nan, np.nan) for key in keys], dtype=float)
-        error = np.abs(spans - height[:, None]).T  # nan draws no bar
+        error = np.abs(spans - height[:, None]).T
+        known = np.isfinite(error).all(axis=0)
         x = place + (number - (len(sides) - 1) / 2) * width
         colour = _BEFORE if name == "before" else _AFTER
-        axes.bar(x, height, width * 0.95, yerr=error, label=name, color=colour, capsize=3, error_kw={"elinewidth": 1.2})
+        axes.bar(x, height, width * 0.95, label=name, color=colour)
+        axes.errorbar(
+            x[known], height[known], yerr=error[:, known], fmt="none", ecolor="black", elinewidth=1.2, capsize=3
+        )
         for at, value, high in zip(x, height, np.fmax(height, spans[:, 1]), strict=True):
             if math.isfinite(value):
                 text = f"{value:.3f}"

@@ -25,14 +25,14 @@ class Item:
     category: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Catalog:
     """Items as columns. Several items may share a Sid; both directions of that relation are kept.
 
     Attributes:
         format: how Sids are written.
         item_ids: the data's own names, unique, length N.
-        codes_NL: int32 codes of every item.
+        codes_NL: codes of every item, int64 [N, L].
         titles: length N, "" where unknown.
         categories: length N, "" where unknown.
         popularity_N: interactions per item in the training data (zeros where unknown).
@@ -71,6 +71,9 @@ class Catalog:
                 f"item {self.item_ids[row]!r}: code {self.codes_NL[row, level]} is out of range "
                 f"[0, {self.format.sizes[level]}) at level {level}"
             )
+        for array in (self.codes_NL, self.popularity_N, self.embeddings_ND):
+            if array is not None:
+                array.setflags(write=False)  # rewards of strangers are called with this object
 
     @classmethod
     def build(
@@ -89,11 +92,11 @@ class Catalog:
         return cls(
             format=fmt,
             item_ids=tuple(str(i) for i in item_ids),
-            codes_NL=np.asarray(codes_NL, dtype=np.int32).reshape(n, -1) if n else np.zeros((0, fmt.depth), np.int32),
+            codes_NL=np.array(codes_NL, dtype=np.int64).reshape(n, -1) if n else np.zeros((0, fmt.depth), np.int64),
             titles=tuple(titles) if titles is not None else ("",) * n,
             categories=tuple(categories) if categories is not None else ("",) * n,
-            popularity_N=np.zeros(n) if popularity_N is None else np.asarray(popularity_N, dtype=np.float64),
-            embeddings_ND=None if embeddings_ND is None else np.asarray(embeddings_ND, dtype=np.float32),
+            popularity_N=np.zeros(n) if popularity_N is None else np.array(popularity_N, dtype=np.float64),
+            embeddings_ND=None if embeddings_ND is None else np.array(embeddings_ND, dtype=np.float32),
         )
 
     def __len__(self) -> int:

@@ -99,7 +99,7 @@ class SidFormat:
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
-        parts = [re.escape(p).replace(re.escape("{}"), r"(\d+)") for p in self.patterns]
+        parts = [re.escape(p).replace(re.escape("{}"), "(0|[1-9][0-9]*)") for p in self.patterns]
         # Marks are optional when reading: histories in the wild are written both ways.
         begin = f"(?:{re.escape(self.begin)})?" if self.begin else ""
         end = f"(?:{re.escape(self.end)})?" if self.end else ""
@@ -114,17 +114,24 @@ class SidFormat:
 
 
 def letters_format(sizes: tuple[int, ...]) -> SidFormat:
-    """MiniOneRec's way of writing, at any depth: `<a_1><b_2><c_3>`."""
+    """MiniOneRec's way of writing, up to 26 levels: `<a_1><b_2><c_3>`."""
+    _at_most_26(sizes)
     return SidFormat(tuple(f"<{chr(ord('a') + level)}_{{}}>" for level in range(len(sizes))), sizes)
 
 
 def onerec_format(sizes: tuple[int, ...] = (8192, 8192, 8192)) -> SidFormat:
-    """OpenOneRec's way of writing: `<|sid_begin|><s_a_1><s_b_2><s_c_3><|sid_end|>`."""
+    """OpenOneRec's way of writing, up to 26 levels: `<|sid_begin|><s_a_1><s_b_2><s_c_3><|sid_end|>`."""
+    _at_most_26(sizes)
     patterns = tuple(f"<s_{chr(ord('a') + level)}_{{}}>" for level in range(len(sizes)))
     return SidFormat(patterns, sizes, "<|sid_begin|>", "<|sid_end|>")
 
 
-@dataclass(frozen=True)
+def _at_most_26(sizes: tuple[int, ...]) -> None:
+    if len(sizes) > 26:
+        raise ValueError(f"{len(sizes)} levels: letters name 26 at most; give patterns of your own")
+
+
+@dataclass(frozen=True, eq=False)
 class SidVocab:
     """A SidFormat bound to one tokenizer: the token id of every code.
 
@@ -151,7 +158,11 @@ class SidVocab:
         Raises:
             ValueError: naming tokens that the tokenizer lacks, or two codes that share a token id.
         """
-        ids = {token: token_to_id(token) for token in fmt.tokens()}
+        tokens = fmt.tokens()
+        ids = {token: token_to_id(token) for token in tokens}
+        if len(ids) != len(tokens):
+            twice = next(token for token in ids if tokens.count(token) > 1)
+            raise ValueError(f"sid format: the token {twice!r} stands for two codes; levels need patterns that never meet")
         missing = [token for token, token_id in ids.items() if token_id is None]
         if missing:
             shown = ", ".join(missing[:5])

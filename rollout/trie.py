@@ -134,8 +134,10 @@ class SidTrie:
         return self.token_of(child), offsets
 
     def token_of(self, nodes_B: np.ndarray) -> np.ndarray:
-        """The token on the edge into each node (any depth but the root)."""
+        """The token on the edge into each node. Raises ValueError for the root and for nodes that are not there."""
         nodes_B = np.asarray(nodes_B, dtype=np.int64)
+        if len(nodes_B) and (nodes_B.min() < 1 or nodes_B.max() >= self.num_nodes):
+            raise ValueError(f"nodes with an edge are 1 to {self.num_nodes - 1}; got {nodes_B.min()} to {nodes_B.max()}")
         depths = self.level_of(nodes_B)
         tokens = np.empty(len(nodes_B), dtype=np.int64)
         for depth in range(1, self.depth + 1):
@@ -146,6 +148,8 @@ class SidTrie:
     def find(self, nodes_B: np.ndarray, tokens_B: np.ndarray) -> np.ndarray:
         """The child of each node along each token, `ILLEGAL` (-1) where there is none (leaves and -1 have none)."""
         nodes_B, tokens_B = np.asarray(nodes_B, dtype=np.int64), np.asarray(tokens_B, dtype=np.int64)
+        if nodes_B.shape != tokens_B.shape:
+            raise ValueError(f"{nodes_B.shape} nodes and {tokens_B.shape} tokens: one token a node")
         result = np.full(len(nodes_B), ILLEGAL, dtype=np.int64)
         depths = np.where(nodes_B >= 0, self.level_of(np.maximum(nodes_B, 0)), -1)
         for depth in range(self.depth):
@@ -186,7 +190,8 @@ class SidTrie:
         """Input row (sid index) of each leaf, -1 for a node that is no leaf."""
         leaves_B = np.asarray(leaves_B, dtype=np.int64)
         index = leaves_B - self.level_start[-2]
-        return np.where(index >= 0, self.row_of_leaf[np.maximum(index, 0)], ILLEGAL)
+        leaf = (index >= 0) & (index < self.num_leaves)
+        return np.where(leaf, self.row_of_leaf[np.where(leaf, index, 0)], ILLEGAL)
 
     def paths(self) -> np.ndarray:
         """Token ids of every leaf in order, int64 [leaves, L]."""
@@ -225,12 +230,12 @@ class SidTrie:
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
             if header["kind"] != "sidrl.trie" or header["version"] != 1:
                 raise ValueError(f"header says {header}")
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} is not a saved trie, or is broken: {error}") from error
         edges = tuple(arrays[f"edges_{level}"] for level in range(depth))
         trie = cls(arrays["level_start"], arrays["first_child"], edges, arrays["bases"], arrays["row_of_leaf"], int(header["vocab_size"]))
         sizes = np.diff(trie.level_start)[1:]
-        if [len(e) for e in edges] != sizes.tolist() or len(trie.first_child) != trie.level_start[-2] + 1 or len(trie.row_of_leaf) != sizes[-1]:
+        if len(trie.bases) != depth or [len(e) for e in edges] != sizes.tolist() or len(trie.first_child) != trie.level_start[-2] + 1 or len(trie.row_of_leaf) != sizes[-1]:
             raise ValueError(f"{folder}: the arrays of this trie do not fit together; write it again")
         return trie
 

@@ -38,7 +38,7 @@ class Record:
     def __post_init__(self) -> None:
         if not self.targets:
             raise ValueError(f"{self.source}: no target item")
-        if len(self.gains) != len(self.targets) or min(self.gains) <= 0:
+        if len(self.gains) != len(self.targets) or not all(0 < gain < float("inf") for gain in self.gains):
             raise ValueError(f"{self.source}: {len(self.targets)} targets need as many gains, each > 0; got {self.gains}")
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"{self.source}: a target item is named twice")
@@ -124,6 +124,8 @@ class Rollout:
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.logps_sampler) == len(self.on_trie):
             raise ValueError("a rollout needs one log-probability and one support flag for each token")
+        if len(self.sids) != len(self.items) or (self.finish_reason == "item") != bool(self.sids):
+            raise ValueError(f"a rollout that ended with {self.finish_reason!r} cannot hold {len(self.sids)} Sids and {len(self.items)} clusters")
 
     @property
     def legal(self) -> bool:
@@ -144,6 +146,8 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
 
     def __post_init__(self) -> None:
+        if not self.rollouts:
+            raise ValueError(f"{self.sample.record.source}: a group needs at least one rollout")
         versions = {rollout.policy_version for rollout in self.rollouts}
         if len(versions) != 1:
             raise ValueError(f"{self.sample.record.source}: rollouts of policy versions {sorted(versions)} in one group")
@@ -159,7 +163,8 @@ class RolloutGroup:
     def ranking(self) -> list[int]:
         """The group as a ranked list of distinct sid indices: likeliest first, ties by first appearance.
 
-        A rollout that writes several items is ranked as a block, in the order it wrote them. Illegal ones are left out.
+        Likely means likely to be drawn: the sampler's log-probabilities, at the sampling temperature. A rollout that
+        writes several items is ranked as a block, in the order it wrote them. Illegal ones are left out.
         """
         order = np.argsort([-rollout.logp for rollout in self.rollouts], kind="stable")
         ranked = (sid for index in order for sid in self.rollouts[index].sids)

@@ -29,6 +29,9 @@ from vllm.lora.request import LoRARequest
 from rollout.vllm_trie import OPT_IN, TRIE_FOLDER, TrieProcessor
 
 
+CPU_BATCH_TOKENS, CPU_BATCH_SEQUENCES = 8192, 512  # vLLM's defaults are smaller; one step of a small policy is overhead
+
+
 class VLLMEngine:
     """Generates groups with vLLM.
 
@@ -68,13 +71,23 @@ class VLLMEngine:
         decoder.trie.save(Path(self._folder.name) / "trie")
         # On CPU vLLM packs the output matrix when it loads and keeps the pack when tied weights are loaded again: the head
         # would stay old. There the engine's copy is untied, and every load names the head itself.
-        start: dict[str, Any] = {} if on_gpu else {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
+        # There too, a seeded request that is prefilled in chunks crashes (vLLM rewinds its generator, which on CPU it cannot).
+        longest = max_prompt_tokens + decoder.trie.depth + 1
+        start: dict[str, Any] = {}
+        if not on_gpu:
+            start = {
+                "load_format": "dummy",
+                "hf_overrides": {"tie_word_embeddings": False},
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(CPU_BATCH_TOKENS, longest),
+                "max_num_seqs": CPU_BATCH_SEQUENCES,
+            }
         lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 1} if lora_rank else {}
         self.llm = LLM(
             model=str(model_path),
             dtype=("float32" if not on_gpu else "bfloat16") if dtype == "auto" else dtype,
             enforce_eager=not on_gpu,
-            max_model_len=max_prompt_tokens + decoder.trie.depth + 1,
+            max_model_len=longest,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             max_logprobs=-1,  # a beam asks for as many as it is wide

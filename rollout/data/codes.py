@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from rollout.data.problems import short
+
 MAX_CODEBOOK = 65536
 """Where sizes are inferred, a code at or above this is a damaged one: no tokenizer has room for such a level."""
 
@@ -29,8 +31,8 @@ def rows_of_length(lists: pa.Array, length: int) -> tuple[np.ndarray, np.ndarray
     """Lists of one length as a matrix.
 
     Returns:
-        float64 or int64 values [N, length] (zeros where a row does not fit) and, per row, whether it fits: it is not null,
-        has that length and no null inside.
+        The values [N, length] (zeros where a row does not fit) and, per row, whether it fits: it is not null, has that
+        length and no null inside.
     """
     lengths_N = list_lengths(lists)
     flat = lists.flatten()
@@ -53,9 +55,9 @@ def sid_problems(
         if sid is None:
             problems[row] = ("missing-field", "the item has no sid")
         elif len(sid) != len(sizes):
-            problems[row] = ("wrong-depth", f"sid {sid} has {len(sid)} levels, the catalogue has {len(sizes)}")
+            problems[row] = ("wrong-depth", f"sid {short(sid)} has {len(sid)} levels, the catalogue has {len(sizes)}")
         else:
-            problems[row] = ("bad-sid", f"sid {sid} lacks a code")
+            problems[row] = ("bad-sid", f"sid {short(sid)} lacks a code")
     bad_NL = ((codes_NL < 0) | (codes_NL >= np.array(sizes))) & fits_N[:, None]
     for row in np.flatnonzero(bad_NL.any(axis=1)).tolist():
         level = int(bad_NL[row].argmax())

@@ -38,7 +38,8 @@ def split_files(root: Path, suffix: str, prefix: str = "") -> dict[str, list[Pat
         nested = [p for name in names for p in sorted((root / name).glob(f"*{suffix}"))]
         nested = [p for p in nested if p.name.startswith(prefix)] or nested
         if flat and nested:
-            raise DataError(f"{root}: the {split} rows stand in both {flat[0]} and {nested[0].parent}/; keep one of them")
+            both = f"{flat[0].name} and {nested[0].parent.name}/"
+            raise DataError(f"{root}: the {split} rows stand in both {both}; keep one of them")
         if flat or nested:
             found[split] = flat or nested
     if not found:
@@ -81,9 +82,19 @@ def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
                     yield before + 1, values
                 before = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{path}: line {before + 1} is not CSV ({error}); is the file whole and are its quotes paired?") from error
+        hint = "is the file whole, are its quotes paired?"
+        raise DataError(f"{path}: what begins on line {before + 1} is not CSV ({error}); {hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -100,8 +111,9 @@ def read_parquet(path: Path, required: Sequence[str], optional: Sequence[str] = 
     missing = [name for name in required if name not in present]
     if missing:
         raise DataError(f"{path}: lacks the columns {missing}; it has {present}")
+    columns = [*required, *(name for name in optional if name in present)]
     try:
-        return pq.read_table(path, columns=[*required, *(name for name in optional if name in present)], partitioning=None)
+        return pq.read_table(path, columns=columns, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}); is it whole?") from error
 
@@ -112,7 +124,7 @@ def cast_column(path: Path, table: pa.Table, name: str, kind: pa.DataType) -> pa
     try:
         chunks = column.cast(kind).combine_chunks()
     except pa.ArrowException as error:
-        raise DataError(f"{path}: column {name!r} is {column.type}, which does not convert to {kind} ({error})") from error
+        raise DataError(f"{path}: column {name!r} is {column.type} and not {kind} ({error})") from error
     return pa.concat_arrays(chunks.chunks) if isinstance(chunks, pa.ChunkedArray) else chunks
 
 

@@ -16,10 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rollout.catalog import Catalog
-from rollout.data.codes import rows_of_length, sid_problems, usual_length
+from rollout.data.codes import list_lengths, rows_of_length, sid_problems, usual_length
 from rollout.data.files import cast_column, read_json, read_parquet, split_files, table_rows
 from rollout.data.problems import BadRow, DataError, Problem, short
-from rollout.data.rows import Loaded, Splits, chat_messages, collect, item_index, require_items, with_popularity
+from rollout.data.rows import (
+    Loaded,
+    Splits,
+    chat_messages,
+    collect,
+    item_index,
+    require_items,
+    usable_items,
+    with_popularity,
+)
 from rollout.sid import SidFormat
 from rollout.types import Record
 
@@ -79,36 +88,24 @@ class _Items:
     has_popularity: bool
 
 
-def _typed(path: Path, types: dict[str, pa.DataType], required: tuple[str, ...]) -> pa.Table:
+def _typed(path: Path, types: dict[str, pa.DataType], required: tuple[str, ...]) -> dict[str, pa.Array]:
     """The known columns of a file, each in its documented type."""
     table = read_parquet(path, required, [name for name in types if name not in required])
-    return pa.table({name: cast_column(path, table, name, types[name]) for name in table.column_names})
+    return {name: cast_column(path, table, name, types[name]) for name in table.column_names}
 
 
 def _items(path: Path, fmt: SidFormat, problems: list[Problem]) -> _Items:
-    table = _typed(path, _ITEM_TYPES, _ITEM_REQUIRED)
-    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-    columns = {name: pa.concat_arrays(c.chunks) if isinstance(c, pa.ChunkedArray) else c for name, c in columns.items()}
+    columns = _typed(path, _ITEM_TYPES, _ITEM_REQUIRED)
     codes_NL, fits_N = rows_of_length(columns["sid"], fmt.depth)
     bad = sid_problems(columns["sid"], codes_NL, fits_N, fmt.sizes)
     embeddings_ND = None
-    if "embedding" in columns:
-        dimensions = usual_length(np.asarray(columns["embedding"].value_lengths().fill_null(0)))
+    dimensions = usual_length(list_lengths(columns["embedding"])) if "embedding" in columns else 0
+    if dimensions:
         embeddings_ND, whole_N = rows_of_length(columns["embedding"], dimensions)
         whole_N &= np.isfinite(embeddings_ND).all(axis=1)
         for row in np.flatnonzero(~whole_N).tolist():
             bad.setdefault(row, ("bad-embedding", f"the embedding is not {dimensions} finite numbers"))
-
-    rows: dict[str, int] = {}
-    for row, item_id in enumerate(columns["item_id"].to_pylist()):
-        if item_id is None:
-            problems.append(Problem(path.name, row, "missing-field", "item_id is null"))
-        elif row in bad:
-            problems.append(Problem(path.name, row, bad[row][0], f"item {short(item_id)}: {bad[row][1]}"))
-        elif item_id in rows:
-            problems.append(Problem(path.name, row, "duplicate-item", f"item {short(item_id)} stands twice; the first is kept"))
-        else:
-            rows[item_id] = row
+    rows = usable_items(path.name, columns["item_id"].to_pylist(), bad, problems)
     require_items(path, len(rows), problems)
     kept = np.array(list(rows.values()))
 
@@ -117,14 +114,19 @@ def _items(path: Path, fmt: SidFormat, problems: list[Problem]) -> _Items:
 
     popularity_N = np.asarray(columns["popularity"].fill_null(0.0))[kept] if "popularity" in columns else None
     catalog = Catalog.build(
-        fmt, list(rows), codes_NL[kept], titles=texts("title"), categories=texts("category"),
-        popularity_N=popularity_N, embeddings_ND=None if embeddings_ND is None else embeddings_ND[kept],
+        fmt,
+        list(rows),
+        codes_NL[kept],
+        titles=texts("title"),
+        categories=texts("category"),
+        popularity_N=popularity_N,
+        embeddings_ND=None if embeddings_ND is None else embeddings_ND[kept],
     )
     return _Items(catalog, popularity_N is not None)
 
 
 def _records(root: Path, path: Path, catalog: Catalog, problems: list[Problem]) -> list[Record]:
-    table = _typed(path, _ROW_TYPES, _ROW_REQUIRED)
+    table = pa.table(_typed(path, _ROW_TYPES, _ROW_REQUIRED))
     return collect(str(path.relative_to(root)), table_rows(table), partial(_record, catalog), problems)
 
 
@@ -147,8 +149,9 @@ def _record(catalog: Catalog, source: str, row: dict[str, Any]) -> Record:
         candidates = _indices(catalog, row["candidates"], "candidates")
         if not candidates:
             raise BadRow("empty-candidates", "candidates is empty; null stands for the whole catalogue")
-    task = row.get("task") or "next_item"
-    return Record(row.get("source") or source, row["user"] or "", history, targets, gains, prompt, task, candidates)
+    task = "next_item" if row.get("task") is None else row["task"]
+    source = source if row.get("source") is None else row["source"]
+    return Record(source, row["user"] or "", history, targets, gains, prompt, task, candidates)
 
 
 def _indices(catalog: Catalog, item_ids: list[str | None], column: str) -> tuple[int, ...]:
@@ -172,7 +175,8 @@ def write_world(world: World, folder: str | Path) -> None:
     beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     beside.mkdir()
     try:
-        (beside / "format.json").write_text(json.dumps(world.catalog.format.to_dict(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(world.catalog.format.to_dict(), indent=2, ensure_ascii=False)
+        (beside / "format.json").write_text(text + "\n", encoding="utf-8")
         _write(beside / "items.parquet", _ITEM_TYPES, _item_columns(world.catalog))
         for split, records in world.splits.items():
             _write(beside / f"{split}.parquet", _ROW_TYPES, _row_columns(world.catalog, records))

@@ -16,12 +16,20 @@ from rollout.data.codes import MAX_CODEBOOK, infer_size, list_lengths, rows_of_l
 from rollout.data.files import cast_column, parquet_columns, read_parquet, split_files, table_rows
 from rollout.data.problems import BadRow, DataError, Problem, short
 from rollout.data.rows import (
-    Loaded, Splits, chat_messages, collect, items_of_sid, items_of_sids, require_items, with_popularity,
+    Loaded,
+    Splits,
+    chat_messages,
+    collect,
+    items_of_sid,
+    items_of_sids,
+    require_items,
+    usable_items,
+    with_popularity,
 )
 from rollout.sid import Sid, onerec_format
 from rollout.types import Record
 
-EXPECTS = "a Parquet map with the columns pid and sid, and train*.parquet, valid*.parquet, test*.parquet (or train/, …)"
+EXPECTS = "a Parquet map (columns pid, sid) and train*.parquet, valid*.parquet, test*.parquet (or train/, …)"
 _CODES = 8192
 _USER_KEYS = ("uid", "user_id")
 
@@ -54,28 +62,25 @@ def _catalog(root: Path, problems: list[Problem]) -> Catalog:
     depth = usual_length(np.concatenate([list_lengths(sids) for _, sids in columns]))
     if not depth:
         raise DataError(f"{maps[0]}: holds no sid")
-    codes: dict[str, np.ndarray] = {}
+    item_ids: list[str] = []
+    codes: list[np.ndarray] = []
     for path, (pids, sids) in zip(maps, columns, strict=True):
-        # Videos and products number their items independently, so with several maps the map is part of the name.
-        prefix = f"{path.stem}/" if len(maps) > 1 else ""
         codes_NL, fits_N = rows_of_length(sids, depth)
         bad = sid_problems(sids, codes_NL, fits_N, (MAX_CODEBOOK,) * depth)
-        for row, pid in enumerate(pids.to_pylist()):
-            if pid is None:
-                problems.append(Problem(path.name, row, "missing-field", "pid is null"))
-            elif row in bad:
-                problems.append(Problem(path.name, row, bad[row][0], f"item {short(pid)}: {bad[row][1]}"))
-            elif prefix + pid in codes:
-                problems.append(Problem(path.name, row, "duplicate-item", f"item {short(pid)} stands twice; the first is kept"))
-            else:
-                codes[prefix + pid] = codes_NL[row]
-    require_items(root, len(codes), problems)
-    codes_NL = np.stack(list(codes.values()))
+        rows = usable_items(path.name, pids.to_pylist(), bad, problems)
+        # Videos and products number their items independently, so with several maps the map is part of the name.
+        prefix = f"{path.stem}/" if len(maps) > 1 else ""
+        item_ids += [prefix + pid for pid in rows]
+        codes.append(codes_NL[list(rows.values())])
+    require_items(root, len(item_ids), problems)
+    codes_NL = np.concatenate(codes)
     sizes = tuple(infer_size(largest, floor=_CODES) for largest in codes_NL.max(axis=0))
-    return Catalog.build(onerec_format(sizes), list(codes), codes_NL)
+    return Catalog.build(onerec_format(sizes), item_ids, codes_NL)
 
 
-def _records(root: Path, path: Path, make: Callable[[str, dict[str, Any]], Record], problems: list[Problem]) -> list[Record]:
+def _records(
+    root: Path, path: Path, make: Callable[[str, dict[str, Any]], Record], problems: list[Problem]
+) -> list[Record]:
     table = read_parquet(path, ["source", "messages"], ["metadata"])
     return collect(str(path.relative_to(root)), table_rows(table), make, problems)
 
@@ -83,7 +88,8 @@ def _records(root: Path, path: Path, make: Callable[[str, dict[str, Any]], Recor
 def _record(catalog: Catalog, source: str, row: dict[str, Any]) -> Record:
     *prompt, answer = chat_messages(row["messages"])
     if answer["role"] != "assistant":
-        raise BadRow("missing-field", f"the last message must be the assistant's, it is of role {short(answer['role'])}")
+        detail = f"the last message must be the assistant's, its role is {short(answer['role'])}"
+        raise BadRow("missing-field", detail)
     if not prompt:
         raise BadRow("missing-field", "no message stands before the assistant's")
     targets = items_of_sids(catalog, _find(catalog, _after_thought(answer["content"]), "target"), "target")

@@ -15,6 +15,7 @@ class BadRow(Exception):
     """Raised while one row is read; the loader turns it into a `Problem`."""
 
     def __init__(self, why: str, detail: str) -> None:
+        """Kind and detail of the problem."""
         super().__init__(detail)
         self.why = why
         self.detail = detail
@@ -43,6 +44,7 @@ class Problem:
         return cls(file, int(row) if row.isdecimal() else row, why, detail)
 
     def __str__(self) -> str:
+        """The line that names the row and what is wrong with it."""
         return f"{self.file}:{self.row}: {self.why}: {self.detail}"
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rollout.catalog import Catalog
 from rollout.data.problems import Problem, short
 from rollout.sid import SidFormat, SidVocab
-from rollout.types import Prompt, Record, Sample
+from rollout.types import Message, Prompt, Record, Sample
 
 _FIELDS = ("history", "titles")
 
@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
         """The id of every token."""
         ...
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool) -> Any:
+    def apply_chat_template(self, conversation: list[Message], *, add_generation_prompt: bool, tokenize: bool) -> Any:
         """The text of a conversation."""
         ...
 
@@ -122,7 +122,7 @@ def _tokenize(
         if isinstance(prompt, str):
             continue
         if not tokenizer.chat_template:
-            raise ValueError(f"{records[row].source}: the prompt is chat messages, but the tokenizer has no chat template")
+            raise ValueError(f"{records[row].source}: the prompt is a chat and the tokenizer has no chat template")
         try:
             chats[row] = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
         except Exception as error:  # whatever a template of the user's raises is the fault of this one row
@@ -161,7 +161,10 @@ def sid_vocab(fmt: SidFormat, tokenizer: Tokenizer) -> SidVocab:
     written = tokenizer(tokens, add_special_tokens=False)["input_ids"]
     for token, want, ids in zip(tokens, wanted, written, strict=True):
         if list(ids) != want:
-            raise ValueError(f"the tokenizer writes {token!r} as ids {list(ids)}, expected {want}: add SID tokens as special")
+            raise ValueError(
+                f"the tokenizer writes {short(token)} as ids {short(list(ids))}, each SID token must be one id: "
+                f"{short(want)}; add the SID tokens to it as special tokens"
+            )
     return vocab
 
 

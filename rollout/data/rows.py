@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -95,6 +96,33 @@ def _text(content: Any) -> str:
     raise BadRow("wrong-type", f"the content of a message must be text, got {short(content)}")
 
 
+def python_literal(text: str, column: str) -> Any:
+    """The value of a Python literal, never evaluated as code. BadRow when the text is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise BadRow("wrong-type", f"{column} is no Python list: {short(text)}") from error
+
+
+def usable_items(
+    file: str, item_ids: Sequence[str | None], bad: Mapping[int, tuple[str, str]], problems: list[Problem]
+) -> dict[str, int]:
+    """Row of every item id that is neither null, nor `bad` (kind and detail by row), nor a repetition."""
+    rows: dict[str, int] = {}
+    for row, item_id in enumerate(item_ids):
+        if item_id is None:
+            problems.append(Problem(file, row, "missing-field", "the item id is null"))
+        elif row in bad:
+            problems.append(Problem(file, row, bad[row][0], f"item {short(item_id)}: {bad[row][1]}"))
+        elif item_id in rows:
+            problems.append(
+                Problem(file, row, "duplicate-item", f"item {short(item_id)} stands twice; the first is kept")
+            )
+        else:
+            rows[item_id] = row
+    return rows
+
+
 def require_items(where: object, count: int, problems: Sequence[Problem]) -> None:
     """DataError when no item is left to make a catalogue of."""
     if not count:
@@ -105,4 +133,5 @@ def require_items(where: object, count: int, problems: Sequence[Problem]) -> Non
 def with_popularity(catalog: Catalog, splits: Splits) -> Catalog:
     """The catalogue with popularity = number of train rows of which the item is a target."""
     targets = [item for record in splits.get("train", ()) for item in record.targets]
-    return replace(catalog, popularity_N=np.bincount(np.array(targets, dtype=np.int64), minlength=len(catalog)).astype(np.float64))
+    counts_N = np.bincount(np.array(targets, dtype=np.int64), minlength=len(catalog))
+    return replace(catalog, popularity_N=counts_N.astype(np.float64))

@@ -39,7 +39,8 @@ def load_world(path: str | Path, format: str = "auto") -> World:
         format: sidrl, minionerec, openonerec, or auto, which looks at the files.
 
     Raises:
-        DataError: when the folder or one of its files cannot be read. Bad rows raise nothing: they are `World.problems`.
+        DataError: when the folder or one of its files cannot be read. Bad rows raise nothing, they become
+            `World.problems`.
     """
     path = Path(path)
     if format != "auto" and format not in LOADERS:
@@ -77,8 +78,9 @@ def detect(path: str | Path) -> str:
 def _require_exists(path: Path) -> None:
     if path.exists():
         return
-    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
-    wanted = path.absolute().relative_to(parent).parts[0]
+    parent = next(folder for folder in path.parents if folder.is_dir())
+    wanted = path.relative_to(parent).parts[0]
     close = difflib.get_close_matches(wanted, [entry.name for entry in parent.iterdir()], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(str(parent / name) for name in close)}?" if close else f"{parent} has no {wanted}"
+    meant = " or ".join(str(parent / name) for name in close)
+    hint = f"did you mean {meant}?" if close else f"{parent} has no {wanted}"
     raise DataError(f"{path}: does not exist; {hint}")

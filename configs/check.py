@@ -1,0 +1,253 @@
+"""What must hold between settings beyond their types; every problem is told at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import string
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from configs.keys import leaf_types, suggestion
+from configs.passthrough import grpo_fields, lora_fields, lora_reason, trl_reason
+from configs.schema import RunConfig
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be honoured; `problems` holds one line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a setting takes; an open end excludes its number; `auto` is one more number with a meaning."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+    auto: float | None = None
+    why: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        if value == self.auto:
+            return True
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            words = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
+        else:
+            left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+            words = f"in {left}{self.low:g}, {self.high:g}{right}"
+        words += f", or {self.auto:g}" if self.auto is not None else ""
+        return words + (f": {self.why}" if self.why else "")
+
+
+POSITIVE = Range(0, low_open=True)
+NOT_NEGATIVE = Range(0)
+COUNT = Range(1)
+SHARE_BELOW_1 = Range(0, 1, high_open=True)
+GPUS = Range(0, auto=-1)
+
+RANGES: dict[str, Range] = {
+    "seed": Range(0, 2**32 - 1),
+    "data.max_history": COUNT,
+    "data.max_prompt_tokens": COUNT,
+    "data.rl_users": SHARE_BELOW_1,
+    "warmup.hidden_size": COUNT,
+    "warmup.layers": COUNT,
+    "warmup.heads": COUNT,
+    "warmup.epochs": COUNT,
+    "warmup.patience": COUNT,
+    "warmup.evals_per_epoch": COUNT,
+    "warmup.batch_size": COUNT,
+    "warmup.learning_rate": POSITIVE,
+    "warmup.weight_decay": NOT_NEGATIVE,
+    "warmup.dropout": SHARE_BELOW_1,
+    "warmup.max_steps": NOT_NEGATIVE,
+    "rollout.num_engines": COUNT,
+    "rollout.group_size": Range(2, why="advantages compare rollouts of one group"),
+    "rollout.temperature": POSITIVE,
+    "rollout.max_batch_prompts": COUNT,
+    "rollout.kv_cache_gb": COUNT,
+    "rollout.gpu_memory_utilization": Range(0, 1, low_open=True),
+    "rollout.cpus_per_engine": NOT_NEGATIVE,
+    "rollout.gpus_per_engine": GPUS,
+    "rollout.threads": NOT_NEGATIVE,
+    "rl.steps": COUNT,
+    "rl.prompts_per_step": COUNT,
+    "rl.micro_batch_groups": COUNT,
+    "rl.epochs_per_batch": COUNT,
+    "rl.learning_rate": POSITIVE,
+    "rl.lr_warmup_steps": NOT_NEGATIVE,
+    "rl.kl_coef": NOT_NEGATIVE,
+    "rl.clip_low": SHARE_BELOW_1,
+    "rl.clip_high": NOT_NEGATIVE,
+    "rl.max_grad_norm": NOT_NEGATIVE,
+    "lora.r": COUNT,
+    "lora.alpha": COUNT,
+    "lora.dropout": SHARE_BELOW_1,
+    "eval.every": NOT_NEGATIVE,
+    "eval.beam_width": COUNT,
+    "eval.max_samples": NOT_NEGATIVE,
+    "eval.batch_prompts": COUNT,
+    "eval.bootstrap": COUNT,
+    "eval.unconstrained_samples": NOT_NEGATIVE,
+    "ray.trainer_cpus": NOT_NEGATIVE,
+    "ray.trainer_gpus": GPUS,
+    "output.rollouts_every": NOT_NEGATIVE,
+    "output.checkpoint_every": NOT_NEGATIVE,
+    "output.keep_checkpoints": COUNT,
+}
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+"""Names of transformers' SchedulerType, but for those that follow a metric of its own evaluation loop."""
+
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
+PROMPT_FIELDS = ("history", "titles")
+
+VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of an attention head that vLLM 0.32 computes on CPU; a GPU's kernels take these and more."""
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError with every problem of `config`, each naming its settings and their values."""
+    parts = (_ranges, _texts, _prompt, _warmup, _rollout, _rewards, _policy_update, _passthrough)
+    problems = [problem for part in parts for problem in part(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    for key, numbers in RANGES.items():
+        value = _value(config, key)
+        if value not in numbers:
+            yield f"{key}={value} must be {numbers}"
+
+
+def _texts(config: RunConfig) -> Iterator[str]:
+    for key in ("model.path", "output_dir", "resume", "ray.address"):
+        if _value(config, key) == "":
+            yield f"{key}='' must name something; unset it with null"
+    if config.data.path == "":
+        yield "data.path='' must name a folder, or demo"
+
+
+def _prompt(config: RunConfig) -> Iterator[str]:
+    template = config.data.prompt_template
+    allowed = " and ".join(f"{{{name}}}" for name in PROMPT_FIELDS)
+    try:
+        pieces = [piece for piece in string.Formatter().parse(template) if piece[1] is not None]
+    except ValueError as error:
+        yield f"data.prompt_template={template!r} is no template ({error}); write a brace itself as {{{{ or }}}}"
+        return
+    for _, name, spec, conversion in pieces:
+        written = f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
+        if written not in PROMPT_FIELDS:
+            yield f"data.prompt_template={template!r} holds {{{written}}}; its fields are {allowed}"
+    if not pieces:
+        yield f"data.prompt_template={template!r} must hold {allowed.replace('and', 'or')}: else all prompts are alike"
+
+
+def _warmup(config: RunConfig) -> Iterator[str]:
+    width, heads = config.warmup.hidden_size, config.warmup.heads
+    if width < 1 or heads < 1:
+        return
+    if width % heads or width // heads % 2:
+        yield f"warmup.hidden_size={width} must be an even multiple of warmup.heads={heads}"
+    elif config.model.path is None and _takes_vllm(config.rollout.engine) and width // heads not in VLLM_HEAD_SIZES:
+        yield (
+            f"warmup.hidden_size={width} / warmup.heads={heads} = {width // heads} must be one of "
+            f"{', '.join(map(str, VLLM_HEAD_SIZES))}, the head sizes of vLLM on CPU; or set rollout.engine=hf"
+        )
+
+
+def _takes_vllm(engine: str) -> bool:
+    return engine == "vllm" or (engine == "auto" and importlib.util.find_spec("vllm") is not None)
+
+
+def _rollout(config: RunConfig) -> Iterator[str]:
+    if config.rollout.sync != "adapter":
+        return
+    if not config.lora.enabled:
+        yield "rollout.sync=adapter needs lora.enabled=true: without LoRA there is no adapter to send"
+    if config.rollout.engine == "hf":
+        yield "rollout.sync=adapter needs vLLM, and rollout.engine=hf: the hf engine takes rollout.sync=merged"
+
+
+def _rewards(config: RunConfig) -> Iterator[str]:
+    if not config.rewards:
+        yield "rewards=[] must hold at least one reward, such as {reward: ndcg@10}"
+    for index, reward in enumerate(config.rewards):
+        if not reward.reward:
+            yield f"rewards[{index}].reward='' must name a reward, such as ndcg@10"
+        if not math.isfinite(reward.weight):
+            yield f"rewards[{index}].weight={reward.weight} must be a finite number"
+    counts = Counter(reward.name or reward.reward for reward in config.rewards)
+    for name, count in counts.items():
+        if count > 1:
+            yield f"rewards hold {count} named {name!r}: give each its own `name`"
+    if config.rewards and all(reward.weight == 0 for reward in config.rewards):
+        yield "rewards have weight=0 throughout: at least one must count"
+
+
+def _policy_update(config: RunConfig) -> Iterator[str]:
+    groups, prompts = config.rl.micro_batch_groups, config.rl.prompts_per_step
+    if groups >= 1 and prompts >= 1 and prompts % groups:
+        yield f"rl.micro_batch_groups={groups} must divide rl.prompts_per_step={prompts}"
+    schedule = config.rl.lr_schedule
+    if schedule in METRIC_SCHEDULES:
+        yield f"rl.lr_schedule={schedule!r} follows a metric that RL does not have; take one of {', '.join(SCHEDULES)}"
+    elif schedule not in SCHEDULES:
+        hint = suggestion(schedule, SCHEDULES)
+        yield f"rl.lr_schedule={schedule!r} must be one of {', '.join(SCHEDULES)}{'; ' + hint if hint else ''}"
+
+
+def _passthrough(config: RunConfig) -> Iterator[str]:
+    yield from _fields("trl", config.trl, "trl.GRPOConfig", trl_reason, grpo_fields)
+    yield from _fields("lora.extra", config.lora.extra, "peft.LoraConfig", lora_reason, lora_fields)
+
+
+def _fields(
+    key: str,
+    given: dict[str, Any],
+    target: str,
+    reason_of: Callable[[str], str | None],
+    known_fields: Callable[[], frozenset[str] | None],
+) -> Iterator[str]:
+    known = known_fields() if given else None
+    for name in given:
+        reason = reason_of(name)
+        if reason:
+            yield f"{key}.{name} may not be set: {reason}"
+        elif known is not None and name not in known:
+            settings = {setting.rpartition(".")[2]: setting for setting in leaf_types()}
+            hint = suggestion(name, known)
+            if not hint and name in settings:
+                hint = f"did you mean the setting {settings[name]}?"
+            yield f"{key}.{name} is no field of {target}{'; ' + hint if hint else ''}"

@@ -1,0 +1,137 @@
+"""`python -m rl.evaluate`, and the evaluation before and after training: constrained beam search as deployed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from configs.load import parse_run
+from configs.schema import RunConfig
+from rl.metrics import EvalResult, evaluate_lists
+from rl.progress import Progress, console, fail_clearly
+from rl.task import Task, load_data, policy_folder, prepare_task
+from rollout.hf_engine import HFEngine, load_policy
+from rollout.search import beam
+from rollout.types import Sample, Sampling
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        result: metrics of the constrained beams.
+        legal_rate: share of listed items that are in the catalogue (1.0: the trie allows nothing else).
+        unconstrained_legal: share of legal items when the policy writes without the trie.
+        seconds: how long it took.
+    """
+
+    result: EvalResult
+    legal_rate: float
+    unconstrained_legal: float
+    seconds: float
+
+    def flat(self) -> dict[str, float]:
+        """Flat keys for `summary.json`."""
+        return {
+            **self.result.values,
+            "legal_rate": self.legal_rate,
+            "unconstrained_legal": self.unconstrained_legal,
+            "rows": self.result.rows,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def evaluate(
+    model: PreTrainedModel, task: Task, config: RunConfig, split: str, progress: Progress, phase: str = "evaluate"
+) -> Evaluation:
+    """Beam search of `eval.beam_width` for the rows of a split, scored at item and Sid level."""
+    start = time.perf_counter()
+    settings = config.eval
+    samples = task.samples[split][: settings.max_samples or None]
+    was_training = model.training
+    model.eval()
+    engine = HFEngine(model, task.decoder, max_batch_prompts=settings.batch_prompts)
+    lists = beam_lists(engine, samples, config, progress, phase)
+    listed = np.concatenate([np.asarray(ranked) for ranked in lists])
+    free = samples[: settings.unconstrained_samples]
+    groups = engine.generate(free, Sampling(1, temperature=config.rollout.temperature, constrained=False, seed=config.seed))
+    model.train(was_training)
+    result = evaluate_lists(
+        [[sid for sid in ranked if sid >= 0] for ranked in lists],
+        [sample.targets for sample in samples],
+        [sample.gains for sample in samples],
+        task.decoder.catalog,
+        bootstrap=settings.bootstrap,
+        seed=config.seed,
+    )
+    legal = [group.rollouts[0].legal for group in groups]
+    return Evaluation(result, float((listed >= 0).mean()), float(np.mean(legal)) if legal else float("nan"), time.perf_counter() - start)
+
+
+def beam_lists(engine: HFEngine, samples: list[Sample], config: RunConfig, progress: Progress, phase: str) -> list[list[int]]:
+    """The sid indices each sample's beam lists, best first; -1 would be a path outside the catalogue."""
+    width = min(config.eval.beam_width, engine.decoder.trie.num_leaves)
+    order = sorted(range(len(samples)), key=lambda row: len(samples[row].prompt_ids))
+    lists: list[list[int]] = [[] for _ in samples]
+    for start in range(0, len(order), config.eval.batch_prompts):
+        rows = order[start : start + config.eval.batch_prompts]
+        leaves, _ = beam(engine.model, engine.trie, [samples[row].prompt_ids for row in rows], width)
+        for row, sids in zip(rows, engine.decoder.trie.rows(leaves.reshape(-1)).reshape(leaves.shape), strict=True):
+            lists[row] = sids.tolist()
+        progress.update(phase, min(start + len(rows), len(order)), len(order))
+    return lists
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate `model.path` (or the warm policy) and print a table; JSON goes to `--output_dir` if it is set."""
+    from rl.report import table
+    from rl.warmup import warm_up
+
+    config = parse_run(argv, prog="python -m rl.evaluate")
+    progress = Progress()
+    with progress.shown():
+        world, folder = load_data(config, progress.say)
+        path = policy_folder(config, world, folder, progress.say, lambda scratch: warm_up(config, world, scratch, progress))
+        task = prepare_task(config, world, path, progress.say)
+        model = load_policy(
+            path, dtype=config.model.dtype, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+        )
+        evaluation = evaluate(model, task, config, config.eval.split, progress)
+    console.print(table(None, evaluation.result))
+    console.print(
+        f"{evaluation.result.rows} rows of {config.eval.split} in {evaluation.seconds:.1f} s; legal items: "
+        f"{evaluation.legal_rate:.1%} with the trie, {evaluation.unconstrained_legal:.1%} without it"
+    )
+    if config.output_dir:
+        write_json(Path(config.output_dir) / f"evaluation_{config.eval.split}.json", report(evaluation, path))
+
+
+def report(evaluation: Evaluation, model_path: Path) -> dict[str, Any]:
+    """An evaluation as plain data."""
+    return {
+        "model": str(model_path),
+        "values": evaluation.flat(),
+        "intervals": {key: list(pair) for key, pair in evaluation.result.intervals.items()},
+    }
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(data, indent=2) + "\n")
+    scratch.replace(path)
+    console.print(f"wrote {path}", markup=False)
+
+
+if __name__ == "__main__":
+    with fail_clearly():
+        main(sys.argv[1:])

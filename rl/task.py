@@ -1,0 +1,171 @@
+"""What a run works on: data, policy folder, tokenizer, trie, samples and rewards, each checked before time is spent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from configs.schema import RunConfig
+from rewards.runner import RewardSet
+from rl.cache import files_fingerprint, make_once
+from rollout.data.native import write_world
+from rollout.data.problems import DataError, Problem
+from rollout.data.prompts import prepare, sid_vocab, split_users
+from rollout.data.world import World, load_world
+from rollout.decode import Decoder
+from rollout.demo_world import demo_world
+from rollout.types import Record, Sample
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a run needs and that does not change while it runs.
+
+    Attributes:
+        model_path: Hugging Face folder of the policy it starts from.
+        tokenizer: the policy's tokenizer.
+        decoder: catalogue and trie over the tokenizer's ids.
+        samples: tokenised rows by split; `train` holds the rows that RL trains on.
+        rewards: the rewards, built and tried.
+        skipped: bad rows that were left out.
+    """
+
+    model_path: Path
+    tokenizer: PreTrainedTokenizerBase
+    decoder: Decoder
+    samples: dict[str, list[Sample]]
+    rewards: RewardSet
+    skipped: int
+
+
+def data_folder(config: RunConfig, say: Say) -> Path:
+    """`data.path`, or the cached folder of the demo world, which is made the first time."""
+    if config.data.path != "demo":
+        return Path(config.data.path)
+    folder, made = make_once("worlds/demo-1", lambda scratch: write_world(demo_world(), scratch / "world"))
+    say(f"{'made' if made else 'found'} the demo world in {folder}")
+    return folder / "world"
+
+
+def load_data(config: RunConfig, say: Say) -> tuple[World, Path]:
+    """Read `data.path`.
+
+    Raises:
+        DataError: when a file cannot be read, a needed split is missing, or rows are bad and `data.on_bad_rows` is stop.
+    """
+    folder = data_folder(config, say)
+    world = load_world(folder, "auto" if config.data.path == "demo" else config.data.format)
+    refuse_bad_rows(world.problems, config, folder)
+    for split in ("train", "valid", config.eval.split):
+        if not world.splits.get(split):
+            raise DataError(f"data.path={folder}: no rows in split {split!r}; it has {_counts(world)}")
+    catalog = world.catalog
+    say(
+        f"{world.format} data: {len(catalog)} items, {len(catalog.sids_SL)} Sids "
+        f"({catalog.collisions} items share one), rows {_counts(world)}"
+    )
+    return world, folder
+
+
+def rl_and_warmup_rows(config: RunConfig, world: World) -> tuple[list[Record], list[Record]]:
+    """Training rows of RL, and those of the warm-up: different users, unless `data.rl_users` is 0."""
+    warmup, rl = split_users(world.splits["train"], config.data.rl_users, config.seed)
+    return rl, warmup
+
+
+def tokenise(config: RunConfig, world: World, tokenizer: PreTrainedTokenizerBase, records: list[Record]) -> tuple[list[Sample], int]:
+    """Samples of records, and how many were left out because their prompt is too long.
+
+    Raises:
+        DataError: when prompts are too long and `data.on_bad_rows` is stop.
+    """
+    samples, problems = prepare(
+        records,
+        world.catalog,
+        tokenizer,
+        template=config.data.prompt_template,
+        max_history=config.data.max_history,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+    )
+    refuse_bad_rows(problems, config, Path(config.data.path))
+    return samples, len(problems)
+
+
+def refuse_bad_rows(problems: tuple[Problem, ...] | list[Problem], config: RunConfig, folder: Path) -> None:
+    """Raise DataError for bad rows unless the run was told to skip them."""
+    if problems and config.data.on_bad_rows == "stop":
+        shown = "\n".join(f"  {problem}" for problem in problems[:5])
+        raise DataError(
+            f"{len(problems)} bad rows, first:\n{shown}\n"
+            f"`python -m rollout.check {folder}` lists them all; data.on_bad_rows=skip trains without them"
+        )
+
+
+def policy_folder(config: RunConfig, world: World, folder: Path, say: Say, warm_up: Callable[[Path], None]) -> Path:
+    """`model.path`, or the cached warm policy of this data and these settings, which `warm_up` makes the first time."""
+    if config.model.path is not None:
+        return Path(config.model.path)
+    settings = {
+        "data": files_fingerprint(folder),
+        "data_settings": asdict(config.data) | {"path": "", "on_bad_rows": ""},
+        "warmup": asdict(config.warmup),
+        "seed": config.seed,
+        "recipe": 1,  # changes when the warm-up's code would give another policy
+    }
+    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
+    name = "demo" if config.data.path == "demo" else folder.resolve().name
+    policy, made = make_once(f"policies/{name}-{key}", warm_up)
+    say(f"{'made' if made else 'found'} the warm policy in {policy}")
+    return policy
+
+
+def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) -> Task:
+    """Tokenizer, trie, samples and rewards, checked against each other.
+
+    Raises:
+        ValueError: when the model or its tokenizer does not fit the catalogue, or the catalogue the settings.
+    """
+    trust = config.model.trust_remote_code
+    try:
+        model_config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path={model_path}: no model and tokenizer could be read from it: {error}") from error
+    decoder = Decoder.build(world.catalog, sid_vocab(world.catalog.format, tokenizer), model_config.get_text_config().vocab_size)
+    if config.rollout.sampler == "beam" and decoder.trie.num_leaves < config.rollout.group_size:
+        raise ValueError(
+            f"rollout.group_size={config.rollout.group_size} distinct items are asked of a catalogue of "
+            f"{decoder.trie.num_leaves} Sids (rollout.sampler=beam)"
+        )
+    rl_records, _ = rl_and_warmup_rows(config, world)
+    skipped = len(world.problems)
+    samples = {}
+    for split, records in {**world.splits, "train": rl_records}.items():
+        samples[split], dropped = tokenise(config, world, tokenizer, list(records))
+        skipped += dropped
+    restricted = next((s for split in samples.values() for s in split if s.record.candidates is not None), None)
+    if restricted:
+        raise DataError(
+            f"{restricted.record.source}: restricts its candidates, and rollouts draw from the whole catalogue; "
+            "drop the column `candidates`"
+        )
+    rewards = RewardSet(config.rewards, world.catalog)
+    if skipped:
+        say(f"skipped {skipped} bad rows (data.on_bad_rows=skip)")
+    if len(samples["train"]) < config.rl.prompts_per_step:
+        raise ValueError(
+            f"rl.prompts_per_step={config.rl.prompts_per_step}, but RL has only {len(samples['train'])} training rows "
+            f"(data.rl_users={config.data.rl_users})"
+        )
+    return Task(model_path, tokenizer, decoder, samples, rewards, skipped)
+
+
+def _counts(world: World) -> str:
+    return ", ".join(f"{split} {len(records)}" for split, records in world.splits.items())

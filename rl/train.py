@@ -1,0 +1,96 @@
+"""`python -m rl.train --algo grpo`: RL post-training of a recommender that writes semantic ids.
+
+    Sample ─► Fleet.generate ─► RolloutGroup ─► RewardSet.score ─► Algorithm.advantages ─► SidTrainer update ─► sync ─┐
+      ▲                                                                                                               │
+      └───────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+The loop itself is `SidTrainer._generate_and_score_completions` in `rl/trl_trainer.py`; this file is what stands around
+it: settings, cluster, policy, evaluation before and after, and what is written.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from configs.load import parse_run
+from configs.load import save as save_config
+from configs.schema import RunConfig
+from rl.progress import Progress, console, fail_clearly
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the settings, then train in a Ray worker (or, with `--dry-run`, only check and tell)."""
+    config = parse_run(argv, prog="python -m rl.train")
+    folder = Path(config.output_dir or config.resume or f"runs/{config.algo}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    config = replace(config, output_dir=str(folder))
+
+    from rl.ray_cluster import cluster, run_in_worker
+    from rl.run_files import claim_folder, show_summary
+
+    if config.dry_run:
+        from rl.plan import show_plan
+
+        show_plan(config)
+        return
+    claim_folder(folder, config)
+    with cluster(config.ray) as where:
+        console.print(f"{where}; run folder {folder}", markup=False)
+        save_config(config, folder / "config.yaml")
+        summary = run_in_worker(config)
+    show_summary(summary, folder)
+
+
+def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
+    """The whole run, in the process that trains; returns what `summary.json` holds.
+
+    Raises:
+        ValueError: when settings, data, model and rewards do not fit each other (before any time is spent).
+        FleetError: when a rollout engine fails or serves the wrong weights.
+    """
+    from rl.algorithms import build_algorithm
+    from rl.evaluate import evaluate
+    from rl.quiet import quiet_libraries
+    from rl.recorder import Recorder, newest_checkpoint
+    from rl.run_files import write_outputs
+    from rl.task import load_data, policy_folder, prepare_task
+    from rl.trl_trainer import SidTrainer
+    from rl.warmup import warm_up
+    from rollout.engine import engine_spec
+    from rollout.hf_engine import load_policy
+    from rollout.ray_fleet import Fleet
+
+    start, folder = time.perf_counter(), Path(config.output_dir or "")
+    quiet_libraries(folder / "worker.log")
+    world, data = load_data(config, progress.say)
+    path = policy_folder(config, world, data, progress.say, lambda scratch: warm_up(config, world, scratch, progress))
+    task = prepare_task(config, world, path, progress.say)
+    spec = engine_spec(config, path)
+    progress.say(f"rollout engine: {spec.kind} ({spec.why}), {config.rollout.num_engines} of them")
+    fleet = Fleet(spec, task.decoder)
+    try:
+        policy = load_policy(
+            path, dtype=config.model.dtype, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+        )
+        checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume else None
+        recorder = Recorder(folder, task, progress, rollouts_every=config.output.rollouts_every)
+        recorder.start_at(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+        if config.resume:
+            progress.say(f"resuming from {checkpoint}" if checkpoint else f"{folder} has no whole checkpoint: starting anew")
+
+        before = evaluate(policy, task, config, config.eval.split, progress, "evaluate before") if config.eval.before else None
+        trainer = SidTrainer(policy, task, fleet, build_algorithm(config), config, recorder, folder / "checkpoints")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.sync_weights()
+        after = evaluate(trainer.policy, task, config, config.eval.split, progress, "evaluate after") if config.eval.after else None
+    finally:
+        fleet.close()
+    return write_outputs(config, task, trainer, recorder, before, after, spec, fleet, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    with fail_clearly():
+        main(sys.argv[1:])

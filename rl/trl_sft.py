@@ -1,0 +1,117 @@
+"""Next-item SFT through TRL: the warm-up of small policies, and the control that RL is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from configs.schema import WarmupConfig
+from rollout.decode import Decoder
+from rollout.types import Sample
+
+IGNORED = -100
+
+
+def next_item_rows(samples: list[Sample], decoder: Decoder) -> Dataset:
+    """One row per target: the prompt without loss, then the target's SID tokens with loss."""
+    leaf_of_sid = np.empty(decoder.trie.num_leaves, dtype=np.int64)
+    leaf_of_sid[decoder.trie.row_of_leaf] = np.arange(decoder.trie.num_leaves)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for sample in samples:
+        for sid in sorted({int(decoder.catalog.sid_index_N[item]) for item in sample.targets}):
+            path = decoder.paths[leaf_of_sid[sid]].tolist()
+            rows["input_ids"].append([*sample.prompt_ids, *path])
+            rows["labels"].append([IGNORED] * len(sample.prompt_ids) + path)
+    return Dataset.from_dict(rows)
+
+
+class _Report(TrainerCallback):
+    def __init__(self, report: Callable[[int, int, dict[str, float]], None]) -> None:
+        self.report = report
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: object) -> None:
+        self.report(state.global_step, state.max_steps, logs or {})
+
+
+def sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[Sample],
+    valid: list[Sample],
+    decoder: Decoder,
+    config: WarmupConfig,
+    folder: Path,
+    *,
+    seed: int,
+    report: Callable[[int, int, dict[str, float]], None],
+) -> PreTrainedModel:
+    """Train on next items; the model with the lowest loss on valid is returned.
+
+    Args:
+        model: the policy, changed in place.
+        tokenizer: its tokenizer.
+        train: samples to learn from.
+        valid: samples that decide when to stop.
+        decoder: catalogue and trie.
+        config: epochs, patience, sizes of steps.
+        folder: scratch folder for checkpoints.
+        seed: order of the rows, dropout.
+        report: called with (step, steps, logs) as it goes.
+    """
+    rows = next_item_rows(train, decoder)
+    steps_per_epoch = -(-len(rows) // config.batch_size)
+    every = max(1, steps_per_epoch // config.evals_per_epoch)
+    if config.max_steps:
+        every = min(every, config.max_steps)
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=2 * config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type="linear",
+        warmup_steps=min(20, steps_per_epoch),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=max(1, every // 4),
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=next_item_rows(valid, decoder),
+        processing_class=tokenizer,
+        callbacks=[EarlyStoppingCallback(config.patience), _Report(report)],
+    )
+    trainer.train()
+    return trainer.model
