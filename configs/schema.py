@@ -148,6 +148,8 @@ class RLConfig:
         scale_rewards: Divide advantages by the standard deviation of the group, of the batch, or not at all.
         support: Distribution of policy and reference at SID positions: trie (what is sampled and deployed) or full
             (the whole vocabulary, as peers do; biased, for comparison).
+        packing: Compute a group's prompt once, its completions beside each other under a tree attention mask; false
+            computes a row per completion (for models that take no 4-D masks).
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
     """
 
@@ -163,6 +165,7 @@ class RLConfig:
     clip_high: float = 0.2
     scale_rewards: Literal["group", "batch", "none"] = "group"
     support: Literal["trie", "full"] = "trie"
+    packing: bool = True
     max_grad_norm: float = 1.0
 
 

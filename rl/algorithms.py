@@ -40,7 +40,9 @@ class Algorithm:
             ValueError: when a group has fewer than two rollouts: there is nothing to compare with.
         """
         if rewards_PG.shape[1] < 2:
-            raise ValueError(f"groups of {rewards_PG.shape[1]} rollout have no advantage; rollout.group_size must be >= 2")
+            raise ValueError(
+                f"groups of {rewards_PG.shape[1]} rollout have no advantage; rollout.group_size must be >= 2"
+            )
         centred = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
         if self.scale_rewards == "none":
             return centred

@@ -62,7 +62,9 @@ def evaluate(
     lists = beam_lists(engine, samples, config, progress, phase)
     listed = np.concatenate([np.asarray(ranked) for ranked in lists])
     free = samples[: settings.unconstrained_samples]
-    groups = engine.generate(free, Sampling(1, temperature=config.rollout.temperature, constrained=False, seed=config.seed))
+    groups = engine.generate(
+        free, Sampling(1, temperature=config.rollout.temperature, constrained=False, seed=config.seed)
+    )
     model.train(was_training)
     result = evaluate_lists(
         [[sid for sid in ranked if sid >= 0] for ranked in lists],
@@ -73,10 +75,17 @@ def evaluate(
         seed=config.seed,
     )
     legal = [group.rollouts[0].legal for group in groups]
-    return Evaluation(result, float((listed >= 0).mean()), float(np.mean(legal)) if legal else float("nan"), time.perf_counter() - start)
+    return Evaluation(
+        result,
+        float((listed >= 0).mean()),
+        float(np.mean(legal)) if legal else float("nan"),
+        time.perf_counter() - start,
+    )
 
 
-def beam_lists(engine: HFEngine, samples: list[Sample], config: RunConfig, progress: Progress, phase: str) -> list[list[int]]:
+def beam_lists(
+    engine: HFEngine, samples: list[Sample], config: RunConfig, progress: Progress, phase: str
+) -> list[list[int]]:
     """The sid indices each sample's beam lists, best first; -1 would be a path outside the catalogue."""
     width = min(config.eval.beam_width, engine.decoder.trie.num_leaves)
     order = sorted(range(len(samples)), key=lambda row: len(samples[row].prompt_ids))
@@ -99,10 +108,15 @@ def main(argv: list[str] | None = None) -> None:
     progress = Progress()
     with progress.shown():
         world, folder = load_data(config, progress.say)
-        path = policy_folder(config, world, folder, progress.say, lambda scratch: warm_up(config, world, scratch, progress))
+        path = policy_folder(
+            config, world, folder, progress.say, lambda scratch: warm_up(config, world, scratch, progress)
+        )
         task = prepare_task(config, world, path, progress.say)
         model = load_policy(
-            path, dtype=config.model.dtype, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+            path,
+            dtype=config.model.dtype,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
         )
         evaluation = evaluate(model, task, config, config.eval.split, progress)
     console.print(table(None, evaluation.result))

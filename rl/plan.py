@@ -41,10 +41,7 @@ def show_plan(config: RunConfig) -> None:
         task = prepare_task(config, world, path, say)
     spec, algorithm = engine_spec(config, path), build_algorithm(config)
     with cluster(config.ray) as where:
-        import ray
-
-        resources = ray.cluster_resources()
-        say(f"{where}: {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs")
+        say(where)
     group, prompts = config.rollout.group_size, config.rl.prompts_per_step
     rewards = ", ".join(f"{reward.weight:g} x {reward.name or reward.reward}" for reward in config.rewards)
     say(f"rollouts: {config.rollout.num_engines} {spec.kind} engine(s) ({spec.why}), sampler {config.rollout.sampler}")
@@ -54,7 +51,9 @@ def show_plan(config: RunConfig) -> None:
         f"{config.rl.steps * prompts * group} rollouts over {len(task.samples['train'])} rows "
         f"({config.rl.steps * prompts / len(task.samples['train']):.1f} passes)"
     )
-    say(f"policy: {'LoRA r=' + str(config.lora.r) if config.lora.enabled else 'all weights'}, lr {config.rl.learning_rate:g}")
+    say(
+        f"policy: {'LoRA r=' + str(config.lora.r) if config.lora.enabled else 'all weights'}, lr {config.rl.learning_rate:g}"
+    )
     say(f"evaluation: {config.eval.split}, beams of {config.eval.beam_width}; output {config.output_dir}")
     say("dry run: nothing was trained")
 
@@ -63,4 +62,8 @@ def _untrained(config: RunConfig, world: World, path: Path) -> None:
     """A stand-in with the tokenizer and sizes of the policy that the warm-up would make."""
     tokenizer = build_tokenizer(world.catalog.format)
     warmup = config.warmup
-    save_policy(build_model(tokenizer, hidden_size=warmup.hidden_size, layers=warmup.layers, heads=warmup.heads), tokenizer, path)
+    save_policy(
+        build_model(tokenizer, hidden_size=warmup.hidden_size, layers=warmup.layers, heads=warmup.heads),
+        tokenizer,
+        path,
+    )

@@ -37,8 +37,9 @@ def cluster(config: RayConfig) -> Iterator[str]:
     else:
         ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False, logging_level="error")
         where = "started Ray on this machine"
+    resources = ray.cluster_resources()
     try:
-        yield where
+        yield f"{where}: {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs"
     finally:
         ray.shutdown()
 

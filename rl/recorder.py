@@ -65,23 +65,25 @@ class Recorder:
             targets = [catalog.item_ids[item] for item in sample.targets]
             for index, rollout in enumerate(group.group.rollouts):
                 items = [item for cluster in rollout.items for item in cluster]
-                rows.append({
-                    "step": step,
-                    "source": sample.record.source,
-                    "prompt": prompt,
-                    "targets": targets,
-                    "rollout": index,
-                    "completion": tokenizer.decode(rollout.token_ids),
-                    "items": [catalog.item_ids[item] for item in items],
-                    "titles": [catalog.titles[item] for item in items],
-                    "rank": ranks[rollout.sids[0]] if rollout.sids else None,
-                    "legal": rollout.legal,
-                    "logp": rollout.logp,
-                    "policy_version": rollout.policy_version,
-                    **{f"reward/{name}": values[index] for name, values in group.rewards.items()},
-                    "reward": group.total[index],
-                    "advantage": advantages[index],
-                })
+                rows.append(
+                    {
+                        "step": step,
+                        "source": sample.record.source,
+                        "prompt": prompt,
+                        "targets": targets,
+                        "rollout": index,
+                        "completion": tokenizer.decode(rollout.token_ids),
+                        "items": [catalog.item_ids[item] for item in items],
+                        "titles": [catalog.titles[item] for item in items],
+                        "rank": ranks[rollout.sids[0]] if rollout.sids else None,
+                        "legal": rollout.legal,
+                        "logp": rollout.logp,
+                        "policy_version": rollout.policy_version,
+                        **{f"reward/{name}": values[index] for name, values in group.rewards.items()},
+                        "reward": group.total[index],
+                        "advantage": advantages[index],
+                    }
+                )
         target = self.folder / "rollouts" / f"step_{step:06d}.parquet"
         target.parent.mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), target)

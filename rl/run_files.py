@@ -77,7 +77,9 @@ def write_merged(trainer: SidTrainer, task: Task, folder: Path) -> None:
     from rollout.hf_engine import load_policy
     from rollout.weights import merged_weights
 
-    plain = load_policy(task.model_path, dtype=trainer.config.model.dtype, trust_remote_code=trainer.config.model.trust_remote_code)
+    plain = load_policy(
+        task.model_path, dtype=trainer.config.model.dtype, trust_remote_code=trainer.config.model.trust_remote_code
+    )
     plain.load_state_dict(merged_weights(trainer.policy), strict=False)
     if folder.exists():
         shutil.rmtree(folder)
@@ -91,14 +93,21 @@ def show_summary(summary: dict[str, Any], folder: Path) -> None:
     from rl.report import BAR_METRICS, table
 
     before, after = (
-        EvalResult(summary[key], {k: (low, high) for k, (low, high) in summary[f"{key}_interval"].items()}, {}, summary[key]["rows"])
+        EvalResult(
+            summary[key],
+            {k: (low, high) for k, (low, high) in summary[f"{key}_interval"].items()},
+            {},
+            summary[key]["rows"],
+        )
         if key in summary
         else None
         for key in ("before", "after")
     )
     if before or after:
         console.print(table(before, after, [*BAR_METRICS, "mrr", "coverage@10", "diversity@10", "unconstrained_legal"]))
-    console.print(f"{summary['steps']} steps in {summary['seconds']:.0f} s, legal rate {summary['legal_rate']:.4f}, engine {summary['engine']}")
+    console.print(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, legal rate {summary['legal_rate']:.4f}, engine {summary['engine']}"
+    )
     for name in ("summary.json", "report.png", "metrics.jsonl", "rollouts", "adapter", "model", "merged"):
         if (folder / name).exists():
             console.print(f"  {folder / name}", markup=False)

@@ -49,7 +49,7 @@ def data_folder(config: RunConfig, say: Say) -> Path:
     """`data.path`, or the cached folder of the demo world, which is made the first time."""
     if config.data.path != "demo":
         return Path(config.data.path)
-    folder, made = make_once("worlds/demo-1", lambda scratch: write_world(demo_world(), scratch / "world"))
+    folder, made = make_once("worlds/demo-3", lambda scratch: write_world(demo_world(), scratch / "world"))
     say(f"{'made' if made else 'found'} the demo world in {folder}")
     return folder / "world"
 
@@ -80,7 +80,9 @@ def rl_and_warmup_rows(config: RunConfig, world: World) -> tuple[list[Record], l
     return rl, warmup
 
 
-def tokenise(config: RunConfig, world: World, tokenizer: PreTrainedTokenizerBase, records: list[Record]) -> tuple[list[Sample], int]:
+def tokenise(
+    config: RunConfig, world: World, tokenizer: PreTrainedTokenizerBase, records: list[Record]
+) -> tuple[list[Sample], int]:
     """Samples of records, and how many were left out because their prompt is too long.
 
     Raises:
@@ -138,7 +140,9 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={model_path}: no model and tokenizer could be read from it: {error}") from error
-    decoder = Decoder.build(world.catalog, sid_vocab(world.catalog.format, tokenizer), model_config.get_text_config().vocab_size)
+    decoder = Decoder.build(
+        world.catalog, sid_vocab(world.catalog.format, tokenizer), model_config.get_text_config().vocab_size
+    )
     if config.rollout.sampler == "beam" and decoder.trie.num_leaves < config.rollout.group_size:
         raise ValueError(
             f"rollout.group_size={config.rollout.group_size} distinct items are asked of a catalogue of "

@@ -25,7 +25,9 @@ from rl.progress import Progress, console, fail_clearly
 def main(argv: list[str] | None = None) -> None:
     """Read the settings, then train in a Ray worker (or, with `--dry-run`, only check and tell)."""
     config = parse_run(argv, prog="python -m rl.train")
-    folder = Path(config.output_dir or config.resume or f"runs/{config.algo}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    folder = Path(
+        config.output_dir or config.resume or f"runs/{config.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
+    ).absolute()
     config = replace(config, output_dir=str(folder))
 
     from rl.ray_cluster import cluster, run_in_worker
@@ -73,19 +75,32 @@ def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     fleet = Fleet(spec, task.decoder)
     try:
         policy = load_policy(
-            path, dtype=config.model.dtype, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+            path,
+            dtype=config.model.dtype,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
         )
         checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume else None
         recorder = Recorder(folder, task, progress, rollouts_every=config.output.rollouts_every)
         recorder.start_at(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
         if config.resume:
-            progress.say(f"resuming from {checkpoint}" if checkpoint else f"{folder} has no whole checkpoint: starting anew")
+            progress.say(
+                f"resuming from {checkpoint}" if checkpoint else f"{folder} has no whole checkpoint: starting anew"
+            )
 
-        before = evaluate(policy, task, config, config.eval.split, progress, "evaluate before") if config.eval.before else None
+        before = (
+            evaluate(policy, task, config, config.eval.split, progress, "evaluate before")
+            if config.eval.before
+            else None
+        )
         trainer = SidTrainer(policy, task, fleet, build_algorithm(config), config, recorder, folder / "checkpoints")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.sync_weights()
-        after = evaluate(trainer.policy, task, config, config.eval.split, progress, "evaluate after") if config.eval.after else None
+        after = (
+            evaluate(trainer.policy, task, config, config.eval.split, progress, "evaluate after")
+            if config.eval.after
+            else None
+        )
     finally:
         fleet.close()
     return write_outputs(config, task, trainer, recorder, before, after, spec, fleet, time.perf_counter() - start)

@@ -42,7 +42,14 @@ class _Report(TrainerCallback):
     def __init__(self, report: Callable[[int, int, dict[str, float]], None]) -> None:
         self.report = report
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: object) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
         self.report(state.global_step, state.max_steps, logs or {})
 
 

@@ -27,6 +27,7 @@ from trl.trainer.utils import split_tensor_dict
 from configs.schema import RunConfig
 from rewards.protocol import ScoredGroup
 from rl.algorithms import Algorithm, without_signal
+from rl.packing import pack_groups
 from rl.recorder import Recorder
 from rl.task import Task
 from rollout.ray_fleet import Adapter, Fleet
@@ -234,7 +235,9 @@ class SidTrainer(GRPOTrainer):
         parts = [
             self._token_logps(model, ids, mask, logits_to_keep)
             for ids, mask in zip(
-                input_ids.split(batch_size or len(input_ids)), attention_mask.split(batch_size or len(input_ids)), strict=True
+                input_ids.split(batch_size or len(input_ids)),
+                attention_mask.split(batch_size or len(input_ids)),
+                strict=True,
             )
         ]
         logps_BT = torch.cat([logps for logps, _ in parts])
@@ -244,12 +247,7 @@ class SidTrainer(GRPOTrainer):
     def _token_logps(
         self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        with self.accelerator.autocast():
-            logits = model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False, logits_to_keep=length + 1
-            ).logits
-        logits_BTV = logits[:, :-1] / self.temperature
+        logits_BTV = self._completion_logits(model, input_ids, attention_mask, length) / self.temperature
         tokens_BT = input_ids[:, -length:]
         if self.config.rl.support == "trie":
             nodes = self.task.decoder.trie.walk(tokens_BT.cpu().numpy())[:, :-1]
@@ -260,6 +258,32 @@ class SidTrainer(GRPOTrainer):
         logps, entropies = self.trie.token_logps(logits_BTV[written], nodes_BT[written], tokens_BT[written])
         blank = torch.zeros(tokens_BT.shape, device=logps.device)
         return blank.masked_scatter(written, logps), blank.masked_scatter(written, entropies)
+
+    def _completion_logits(
+        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int
+    ) -> torch.Tensor:
+        """Logits [B, T, V] that predict each completion token; a group's prompt is computed once if `rl.packing`."""
+        if not self.config.rl.packing:
+            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            with self.accelerator.autocast():
+                output = model(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=positions,
+                    use_cache=False,
+                    logits_to_keep=length + 1,
+                )
+            return output.logits[:, :-1]
+        packed = pack_groups(input_ids, attention_mask, length, self.num_generations, self.policy.dtype)
+        with self.accelerator.autocast():
+            output = model(
+                input_ids=packed.ids_MS,
+                attention_mask=packed.mask_M1SS,
+                position_ids=packed.positions_MS,
+                use_cache=False,
+                logits_to_keep=packed.keep,
+            )
+        return output.logits[:, packed.place_GT].flatten(0, 1)
 
     # TRL's hooks ------------------------------------------------------------------------------------------------------
 
@@ -274,7 +298,10 @@ class SidTrainer(GRPOTrainer):
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.phase("update"):
             loss = super()._compute_loss(model, inputs)
-            if self._step % (self.args.steps_per_generation * self.num_iterations) < self.args.gradient_accumulation_steps:
+            if (
+                self._step % (self.args.steps_per_generation * self.num_iterations)
+                < self.args.gradient_accumulation_steps
+            ):
                 # No update since these rollouts were drawn: policy and sampler should be one distribution.
                 gap = (self._logps - inputs["old_per_token_logps"]) * inputs["completion_mask"]
                 self._ratio_errors.append(float(gap.exp().sub(1).abs().max()))
@@ -346,4 +373,9 @@ def adapter_config(model: PeftModel) -> str:
 
 def _pad(rows: list[Any], value: float, left: bool = False) -> torch.Tensor:
     longest = max(len(row) for row in rows)
-    return torch.tensor([[value] * (longest - len(row)) + list(row) if left else list(row) + [value] * (longest - len(row)) for row in rows])
+    return torch.tensor(
+        [
+            [value] * (longest - len(row)) + list(row) if left else list(row) + [value] * (longest - len(row))
+            for row in rows
+        ]
+    )

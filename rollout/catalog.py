@@ -55,7 +55,9 @@ class Catalog:
         if n == 0:
             raise ValueError("the catalogue is empty: no item to recommend")
         if self.codes_NL.shape != (n, self.format.depth):
-            raise ValueError(f"{n} items of {self.format.depth} levels need codes of that shape, got {self.codes_NL.shape}")
+            raise ValueError(
+                f"{n} items of {self.format.depth} levels need codes of that shape, got {self.codes_NL.shape}"
+            )
         for name in ("titles", "categories", "popularity_N", "embeddings_ND"):
             column = getattr(self, name)
             if column is not None and len(column) != n:

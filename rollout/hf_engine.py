@@ -83,7 +83,9 @@ class HFEngine:
             raise ValueError(f"weights of version {version} do not fit the engine's model: {error}") from error
         missing = [name for name in result.missing_keys if not name.startswith("lm_head.")]
         if missing or result.unexpected_keys:
-            raise ValueError(f"weights of version {version}: missing {missing[:3]}, unknown {result.unexpected_keys[:3]}")
+            raise ValueError(
+                f"weights of version {version}: missing {missing[:3]}, unknown {result.unexpected_keys[:3]}"
+            )
         self.policy_version = version
         return checksum({name: own[name] for name in weights})
 

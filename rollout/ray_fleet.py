@@ -115,9 +115,13 @@ class Fleet:
             FleetError: when an engine reports another version or checksum.
         """
         shared = ray.put(weights)
-        for index, answer in enumerate(self._all([e.load.remote(shared, version) for e in self.engines], "load weights")):
+        for index, answer in enumerate(
+            self._all([e.load.remote(shared, version) for e in self.engines], "load weights")
+        ):
             if answer != (version, expected):
-                raise FleetError(f"engine {index} reports {answer} after loading version {version} with checksum {expected}")
+                raise FleetError(
+                    f"engine {index} reports {answer} after loading version {version} with checksum {expected}"
+                )
         self.version = version
 
     def close(self) -> None:

@@ -37,7 +37,9 @@ class SidFormat:
 
     def __post_init__(self) -> None:
         if not self.patterns or len(self.patterns) != len(self.sizes):
-            raise ValueError(f"sid format: {len(self.patterns)} patterns for {len(self.sizes)} sizes; one of each a level")
+            raise ValueError(
+                f"sid format: {len(self.patterns)} patterns for {len(self.sizes)} sizes; one of each a level"
+            )
         for level, (pattern, size) in enumerate(zip(self.patterns, self.sizes, strict=True)):
             if pattern.count("{}") != 1:
                 raise ValueError(f"sid format: pattern {pattern!r} of level {level} needs exactly one '{{}}'")
@@ -109,7 +111,9 @@ class SidFormat:
         sid = tuple(int(code) for code in match.groups())
         for level, code in enumerate(sid):
             if code >= self.sizes[level]:
-                raise ValueError(f"sid {match.group(0)!r}: code {code} is out of range [0, {self.sizes[level]}) at level {level}")
+                raise ValueError(
+                    f"sid {match.group(0)!r}: code {code} is out of range [0, {self.sizes[level]}) at level {level}"
+                )
         return sid
 
 
@@ -162,7 +166,9 @@ class SidVocab:
         ids = {token: token_to_id(token) for token in tokens}
         if len(ids) != len(tokens):
             twice = next(token for token in ids if tokens.count(token) > 1)
-            raise ValueError(f"sid format: the token {twice!r} stands for two codes; levels need patterns that never meet")
+            raise ValueError(
+                f"sid format: the token {twice!r} stands for two codes; levels need patterns that never meet"
+            )
         missing = [token for token, token_id in ids.items() if token_id is None]
         if missing:
             shown = ", ".join(missing[:5])
@@ -187,5 +193,7 @@ class SidVocab:
         bad = (codes_NL < 0) | (codes_NL >= np.array(self.format.sizes))
         if bad.any():
             row, level = np.argwhere(bad)[0]
-            raise ValueError(f"row {row}: code {codes_NL[row, level]} is out of range [0, {self.format.sizes[level]}) at level {level}")
+            raise ValueError(
+                f"row {row}: code {codes_NL[row, level]} is out of range [0, {self.format.sizes[level]}) at level {level}"
+            )
         return np.stack([ids[codes_NL[:, level]] for level, ids in enumerate(self.level_ids)], axis=1)

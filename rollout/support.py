@@ -22,7 +22,10 @@ class TorchTrie:
         self.trie = trie
         self.first_child = torch.from_numpy(trie.first_child.astype("int64")).to(device)
         self.level_start = torch.from_numpy(trie.level_start.astype("int64")).to(device)
-        tokens = [torch.from_numpy(edges.astype("int64")) + int(base) for edges, base in zip(trie.edges, trie.bases, strict=True)]
+        tokens = [
+            torch.from_numpy(edges.astype("int64")) + int(base)
+            for edges, base in zip(trie.edges, trie.bases, strict=True)
+        ]
         # token_of[n]: token on the edge into node n; the root has none.
         self.token_of = torch.cat([torch.full((1,), -1), *tokens]).to(device)
 
@@ -81,7 +84,9 @@ class TorchTrie:
         """
         logps_N = logits_NV.new_zeros(len(nodes_N), dtype=torch.float32)
         entropies_N = torch.zeros_like(logps_N)
-        depths_N = torch.where(nodes_N < 0, -1, torch.searchsorted(self.level_start, nodes_N.clamp(min=0), right=True) - 1)
+        depths_N = torch.where(
+            nodes_N < 0, -1, torch.searchsorted(self.level_start, nodes_N.clamp(min=0), right=True) - 1
+        )
         for depth in depths_N.unique().tolist():  # rows of one depth have supports of similar width
             rows = (depths_N == depth).nonzero()[:, 0]
             if depth < 0:
@@ -92,7 +97,9 @@ class TorchTrie:
                 hit = (self.token_of[child] == tokens_N[rows, None]) & support.isfinite()
                 if not bool(hit.any(dim=1).all()):
                     bad = int(rows[~hit.any(dim=1)][0])
-                    raise ValueError(f"row {bad}: token {int(tokens_N[bad])} does not follow node {int(nodes_N[bad])} in the trie")
+                    raise ValueError(
+                        f"row {bad}: token {int(tokens_N[bad])} does not follow node {int(nodes_N[bad])} in the trie"
+                    )
                 place = hit.int().argmax(dim=1, keepdim=True)
             logps_N = logps_N.index_copy(0, rows, support.gather(1, place)[:, 0])
             finite = support.masked_fill(support.isinf(), 0.0)  # 0 · log 0 = 0

@@ -49,7 +49,9 @@ class SidTrie:
         """
         paths = np.asarray(paths_NL)
         if paths.ndim != 2 or paths.shape[0] == 0:
-            raise ValueError(f"a trie needs paths of shape [N, L] with N >= 1, got {paths.shape}: the catalogue is empty")
+            raise ValueError(
+                f"a trie needs paths of shape [N, L] with N >= 1, got {paths.shape}: the catalogue is empty"
+            )
         n, depth = paths.shape
         if depth == 0:
             raise ValueError("a trie needs at least one level")
@@ -58,7 +60,9 @@ class SidTrie:
         outside = (paths < 0) | (paths >= vocab_size)
         if outside.any():
             row, level = np.argwhere(outside)[0]
-            raise ValueError(f"path {row}, level {level}: token id {paths[row, level]} is outside the vocabulary [0, {vocab_size})")
+            raise ValueError(
+                f"path {row}, level {level}: token id {paths[row, level]} is outside the vocabulary [0, {vocab_size})"
+            )
 
         # Already sorted input (the usual case: catalogues keep their Sids sorted) skips the sort.
         step = np.diff(paths.astype(np.int64), axis=0)
@@ -115,7 +119,10 @@ class SidTrie:
         if not 0 <= node < self.level_start[-2]:
             raise ValueError(f"node {node} has no children: interior nodes are 0 to {self.level_start[-2] - 1}")
         depth = int(self.level_of(np.asarray(node)))
-        start, stop = self.first_child[node] - self.level_start[depth + 1], self.first_child[node + 1] - self.level_start[depth + 1]
+        start, stop = (
+            self.first_child[node] - self.level_start[depth + 1],
+            self.first_child[node + 1] - self.level_start[depth + 1],
+        )
         return self.edges[depth][start:stop].astype(np.int64) + self.bases[depth]
 
     def children_batch(self, nodes_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +133,9 @@ class SidTrie:
         """
         nodes_B = np.asarray(nodes_B, dtype=np.int64)
         if len(nodes_B) and (nodes_B.min() < 0 or nodes_B.max() >= self.level_start[-2]):
-            raise ValueError(f"nodes must be interior, 0 to {self.level_start[-2] - 1}; got {nodes_B.min()} to {nodes_B.max()}")
+            raise ValueError(
+                f"nodes must be interior, 0 to {self.level_start[-2] - 1}; got {nodes_B.min()} to {nodes_B.max()}"
+            )
         starts = self.first_child[nodes_B].astype(np.int64)
         counts = self.first_child[nodes_B + 1] - starts
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -137,12 +146,16 @@ class SidTrie:
         """The token on the edge into each node. Raises ValueError for the root and for nodes that are not there."""
         nodes_B = np.asarray(nodes_B, dtype=np.int64)
         if len(nodes_B) and (nodes_B.min() < 1 or nodes_B.max() >= self.num_nodes):
-            raise ValueError(f"nodes with an edge are 1 to {self.num_nodes - 1}; got {nodes_B.min()} to {nodes_B.max()}")
+            raise ValueError(
+                f"nodes with an edge are 1 to {self.num_nodes - 1}; got {nodes_B.min()} to {nodes_B.max()}"
+            )
         depths = self.level_of(nodes_B)
         tokens = np.empty(len(nodes_B), dtype=np.int64)
         for depth in range(1, self.depth + 1):
             rows = depths == depth
-            tokens[rows] = self.edges[depth - 1][nodes_B[rows] - self.level_start[depth]].astype(np.int64) + self.bases[depth - 1]
+            tokens[rows] = (
+                self.edges[depth - 1][nodes_B[rows] - self.level_start[depth]].astype(np.int64) + self.bases[depth - 1]
+            )
         return tokens
 
     def find(self, nodes_B: np.ndarray, tokens_B: np.ndarray) -> np.ndarray:
@@ -175,7 +188,9 @@ class SidTrie:
         result = self.find(nodes_B, tokens_B)
         if (result == ILLEGAL).any():
             row = int(np.flatnonzero(result == ILLEGAL)[0])
-            raise ValueError(f"row {row}: token {np.asarray(tokens_B)[row]} does not follow node {np.asarray(nodes_B)[row]} in the trie")
+            raise ValueError(
+                f"row {row}: token {np.asarray(tokens_B)[row]} does not follow node {np.asarray(nodes_B)[row]} in the trie"
+            )
         return result
 
     def walk(self, tokens_BT: np.ndarray) -> np.ndarray:
@@ -208,7 +223,14 @@ class SidTrie:
             absent = np.setdiff1d(wanted, self.row_of_leaf)
             raise ValueError(f"{len(absent)} of {len(wanted)} sids are not in the trie, first {absent[:5].tolist()}")
         part = SidTrie.from_paths(self.paths()[keep], self.vocab_size)
-        return SidTrie(part.level_start, part.first_child, part.edges, part.bases, self.row_of_leaf[keep][part.row_of_leaf], self.vocab_size)
+        return SidTrie(
+            part.level_start,
+            part.first_child,
+            part.edges,
+            part.bases,
+            self.row_of_leaf[keep][part.row_of_leaf],
+            self.vocab_size,
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write plain .npy arrays and a JSON header, which `load` can map into memory."""
@@ -226,19 +248,42 @@ class SidTrie:
         try:
             header = json.loads((folder / "trie.json").read_text())
             depth = int(header["depth"])
-            names = ["level_start", "first_child", "bases", "row_of_leaf", *(f"edges_{level}" for level in range(depth))]
+            names = [
+                "level_start",
+                "first_child",
+                "bases",
+                "row_of_leaf",
+                *(f"edges_{level}" for level in range(depth)),
+            ]
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
             if header["kind"] != "sidrl.trie" or header["version"] != 1:
                 raise ValueError(f"header says {header}")
         except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} is not a saved trie, or is broken: {error}") from error
         edges = tuple(arrays[f"edges_{level}"] for level in range(depth))
-        trie = cls(arrays["level_start"], arrays["first_child"], edges, arrays["bases"], arrays["row_of_leaf"], int(header["vocab_size"]))
+        trie = cls(
+            arrays["level_start"],
+            arrays["first_child"],
+            edges,
+            arrays["bases"],
+            arrays["row_of_leaf"],
+            int(header["vocab_size"]),
+        )
         sizes = np.diff(trie.level_start)[1:]
-        if len(trie.bases) != depth or [len(e) for e in edges] != sizes.tolist() or len(trie.first_child) != trie.level_start[-2] + 1 or len(trie.row_of_leaf) != sizes[-1]:
+        if (
+            len(trie.bases) != depth
+            or [len(e) for e in edges] != sizes.tolist()
+            or len(trie.first_child) != trie.level_start[-2] + 1
+            or len(trie.row_of_leaf) != sizes[-1]
+        ):
             raise ValueError(f"{folder}: the arrays of this trie do not fit together; write it again")
         return trie
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        named = {"level_start": self.level_start, "first_child": self.first_child, "bases": self.bases, "row_of_leaf": self.row_of_leaf}
+        named = {
+            "level_start": self.level_start,
+            "first_child": self.first_child,
+            "bases": self.bases,
+            "row_of_leaf": self.row_of_leaf,
+        }
         return named | {f"edges_{level}": edges for level, edges in enumerate(self.edges)}

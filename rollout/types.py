@@ -39,7 +39,9 @@ class Record:
         if not self.targets:
             raise ValueError(f"{self.source}: no target item")
         if len(self.gains) != len(self.targets) or not all(0 < gain < float("inf") for gain in self.gains):
-            raise ValueError(f"{self.source}: {len(self.targets)} targets need as many gains, each > 0; got {self.gains}")
+            raise ValueError(
+                f"{self.source}: {len(self.targets)} targets need as many gains, each > 0; got {self.gains}"
+            )
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"{self.source}: a target item is named twice")
 
@@ -125,7 +127,9 @@ class Rollout:
         if not len(self.token_ids) == len(self.logps_sampler) == len(self.on_trie):
             raise ValueError("a rollout needs one log-probability and one support flag for each token")
         if len(self.sids) != len(self.items) or (self.finish_reason == "item") != bool(self.sids):
-            raise ValueError(f"a rollout that ended with {self.finish_reason!r} cannot hold {len(self.sids)} Sids and {len(self.items)} clusters")
+            raise ValueError(
+                f"a rollout that ended with {self.finish_reason!r} cannot hold {len(self.sids)} Sids and {len(self.items)} clusters"
+            )
 
     @property
     def legal(self) -> bool:
@@ -150,7 +154,9 @@ class RolloutGroup:
             raise ValueError(f"{self.sample.record.source}: a group needs at least one rollout")
         versions = {rollout.policy_version for rollout in self.rollouts}
         if len(versions) != 1:
-            raise ValueError(f"{self.sample.record.source}: rollouts of policy versions {sorted(versions)} in one group")
+            raise ValueError(
+                f"{self.sample.record.source}: rollouts of policy versions {sorted(versions)} in one group"
+            )
 
     def __len__(self) -> int:
         return len(self.rollouts)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from rollout.decode import Decoder
+from rollout.hf_engine import load_policy
 from rollout.search import sample_seed
 from rollout.types import RolloutGroup, Sample, Sampling
-from rollout.hf_engine import load_policy
 from rollout.weights import checksum, merged_weights, tied_head
 
 # In-process engine core: weights reach it without a second copy, and it dies with the actor that holds it.
@@ -27,7 +27,6 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from rollout.vllm_trie import OPT_IN, TRIE_FOLDER, TrieProcessor
-
 
 CPU_BATCH_TOKENS, CPU_BATCH_SEQUENCES = 8192, 512  # vLLM's defaults are smaller; one step of a small policy is overhead
 
@@ -129,10 +128,12 @@ class VLLMEngine:
         for sample, output in zip(samples, outputs, strict=True):
             branches = sorted(output.outputs, key=lambda branch: branch.index)
             tokens_GL = np.array([list(branch.token_ids) for branch in branches])
-            logps_GL = np.array([
-                [step[token].logprob for step, token in zip(branch.logprobs, branch.token_ids, strict=True)]
-                for branch in branches
-            ])
+            logps_GL = np.array(
+                [
+                    [step[token].logprob for step, token in zip(branch.logprobs, branch.token_ids, strict=True)]
+                    for branch in branches
+                ]
+            )
             if greedy:
                 tokens_GL, logps_GL = (np.repeat(array, sampling.group_size, axis=0) for array in (tokens_GL, logps_GL))
             groups.append(self.decoder.group(sample, tokens_GL, logps_GL, sampling.constrained, self.policy_version))
@@ -194,7 +195,9 @@ class VLLMEngine:
             flat = [(row, entry) for row, entries in enumerate(beams) for entry in entries]
             prompts = [(*samples[row].prompt_ids, *tokens) for row, (_, tokens, _) in flat]
             most = int(np.diff(trie.first_child[trie.level_start[level] : trie.level_start[level + 1] + 1]).max())
-            params = [self._params(sampling, level, max_tokens=1, temperature=sampling.temperature, logprobs=min(width, most))] * len(flat)
+            params = [
+                self._params(sampling, level, max_tokens=1, temperature=sampling.temperature, logprobs=min(width, most))
+            ] * len(flat)
             widened: list[list[tuple[float, tuple[int, ...], tuple[float, ...]]]] = [[] for _ in samples]
             for (row, (score, tokens, logps)), output in zip(flat, self._run(prompts, params), strict=True):
                 for token, entry in output.outputs[0].logprobs[0].items():

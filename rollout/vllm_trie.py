@@ -83,7 +83,9 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
             by_depth.setdefault(len(prefix) + len(output_ids), []).append(row)
         for depth, rows in by_depth.items():
             if depth >= self.trie.depth:
-                raise ValueError(f"a constrained request of {self.trie.depth} tokens an item has written {depth} and asks for more")
+                raise ValueError(
+                    f"a constrained request of {self.trie.depth} tokens an item has written {depth} and asks for more"
+                )
             nodes = np.zeros(len(rows), dtype=np.int64)
             if depth:
                 written = np.array([[*self.rows[row][0], *self.rows[row][1]] for row in rows])

@@ -33,7 +33,9 @@ def _merged(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Ten
             inner = layer.get_base_layer()
             kept = {key: tensor.clone() for key, tensor in inner.state_dict().items()}
             layer.merge()
-            merged |= {f"{name}.{key}": tensor.detach().to("cpu", copy=True) for key, tensor in inner.state_dict().items()}
+            merged |= {
+                f"{name}.{key}": tensor.detach().to("cpu", copy=True) for key, tensor in inner.state_dict().items()
+            }
             for key, tensor in inner.state_dict().items():
                 tensor.copy_(kept[key])
             layer.merged_adapters = []
