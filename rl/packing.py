@@ -1,8 +1,8 @@
 """Packed groups: a prompt and its G completions as one row, the prompt computed once.
 
-TRL scores one row per completion, G·(P + T) tokens a group. Here a group is one row of P + G·(T - 1) tokens under a tree
-attention mask: a completion's token sees the prompt and its own completion only, and counts its position from the end of
-the prompt. Keys, values and gradients are those of the unpacked rows, so the two ways agree up to float rounding.
+TRL scores one row per completion, G·(P + T) tokens a group. Here a group is one row of P + G·(T - 1) tokens under a
+tree attention mask: a completion's token sees the prompt and its own completion only, and counts its position from the
+end of the prompt. Keys, values and gradients are those of the unpacked rows: the two ways agree up to float rounding.
 
 Axes: M groups, G completions of a group, P prompt positions (left padded), T completion tokens, S = P + G·(T - 1).
 """

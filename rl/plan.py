@@ -52,7 +52,8 @@ def show_plan(config: RunConfig) -> None:
         f"({config.rl.steps * prompts / len(task.samples['train']):.1f} passes)"
     )
     say(
-        f"policy: {'LoRA r=' + str(config.lora.r) if config.lora.enabled else 'all weights'}, lr {config.rl.learning_rate:g}"
+        f"policy: {f'LoRA r={config.lora.r}' if config.lora.enabled else 'all weights'}, "
+        f"learning rate {config.rl.learning_rate:g}"
     )
     say(f"evaluation: {config.eval.split}, beams of {config.eval.beam_width}; output {config.output_dir}")
     say("dry run: nothing was trained")

@@ -106,7 +106,8 @@ def show_summary(summary: dict[str, Any], folder: Path) -> None:
     if before or after:
         console.print(table(before, after, [*BAR_METRICS, "mrr", "coverage@10", "diversity@10", "unconstrained_legal"]))
     console.print(
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s, legal rate {summary['legal_rate']:.4f}, engine {summary['engine']}"
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, legal rate {summary['legal_rate']:.4f}, "
+        f"engine {summary['engine']}"
     )
     for name in ("summary.json", "report.png", "metrics.jsonl", "rollouts", "adapter", "model", "merged"):
         if (folder / name).exists():

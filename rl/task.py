@@ -58,7 +58,7 @@ def load_data(config: RunConfig, say: Say) -> tuple[World, Path]:
     """Read `data.path`.
 
     Raises:
-        DataError: when a file cannot be read, a needed split is missing, or rows are bad and `data.on_bad_rows` is stop.
+        DataError: when a file cannot be read, a needed split is missing, or rows are bad (`data.on_bad_rows: stop`).
     """
     folder = data_folder(config, say)
     world = load_world(folder, "auto" if config.data.path == "demo" else config.data.format)

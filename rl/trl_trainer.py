@@ -115,6 +115,7 @@ class SidTrainer(GRPOTrainer):
         self.trie = TorchTrie(task.decoder.trie, model.device)
         self._seconds: dict[str, float] = defaultdict(float)
         self._ratio_errors: list[float] = []
+        self._slices: list[dict[str, torch.Tensor]] = []  # this batch of rollouts, a slice per micro-batch
         self._logps: torch.Tensor | None = None
         super().__init__(
             model=model,
@@ -288,12 +289,12 @@ class SidTrainer(GRPOTrainer):
     # TRL's hooks ------------------------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Slices of the buffered rollouts. TRL shuffles completions across groups here; ours stay whole and in order."""
+        """Slices of the buffered rollouts. TRL shuffles completions across groups here; ours stay whole, in order."""
         every = self.args.steps_per_generation * self.num_iterations
-        if self._step % every == 0 or self._buffered_inputs is None:
+        if self._step % every == 0 or not self._slices:
             batch = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+            self._slices = split_tensor_dict(batch, self.args.steps_per_generation)
+        return self._slices[self._step % self.args.steps_per_generation]
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.phase("update"):

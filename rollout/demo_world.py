@@ -1,9 +1,10 @@
 """The built-in demo world: a small book shop whose readers follow series, so that there is something to learn.
 
 Every book belongs to a genre (first code), a shelf of that genre (second code) and stands somewhere on it (third code).
-A shelf is one series, read in an order of places that each genre has of its own. Readers mostly take the next book of the series,
-sometimes the book on another shelf that this one recommends, and sometimes something popular. So the shelf is soon
-learned, the order takes longer: what a short warm-up leaves to RL. A few books share a Sid, as in real catalogues.
+A shelf is one series, read in an order of places that each genre has of its own. Readers mostly take the next book of
+the series, sometimes the book on another shelf that this one recommends, and sometimes something popular. So the shelf
+is soon learned, the order takes longer: what a short warm-up leaves to RL. A few books share a Sid, as in real
+catalogues.
 """
 
 from __future__ import annotations

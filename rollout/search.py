@@ -3,7 +3,8 @@
 Branches share the prompt's keys and values; a 4-D attention mask lets each new token see its prompt and its own
 ancestors only, so nothing is copied or reordered when branches split.
 
-Axes: B prompts, P padded prompt length, W branches per prompt, S branch tokens so far, L levels, V vocabulary, C children.
+Axes: B prompts, P padded prompt length, W branches per prompt, S branch tokens so far, L levels, V vocabulary,
+C children.
 """
 
 from __future__ import annotations

@@ -194,6 +194,7 @@ class SidVocab:
         if bad.any():
             row, level = np.argwhere(bad)[0]
             raise ValueError(
-                f"row {row}: code {codes_NL[row, level]} is out of range [0, {self.format.sizes[level]}) at level {level}"
+                f"row {row}: code {codes_NL[row, level]} is out of range "
+                f"[0, {self.format.sizes[level]}) at level {level}"
             )
         return np.stack([ids[codes_NL[:, level]] for level, ids in enumerate(self.level_ids)], axis=1)

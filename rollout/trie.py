@@ -189,7 +189,8 @@ class SidTrie:
         if (result == ILLEGAL).any():
             row = int(np.flatnonzero(result == ILLEGAL)[0])
             raise ValueError(
-                f"row {row}: token {np.asarray(tokens_B)[row]} does not follow node {np.asarray(nodes_B)[row]} in the trie"
+                f"row {row}: token {np.asarray(tokens_B)[row]} does not follow node {np.asarray(nodes_B)[row]}: "
+                "the prefix leaves the trie"
             )
         return result
 
@@ -211,7 +212,7 @@ class SidTrie:
     def paths(self) -> np.ndarray:
         """Token ids of every leaf in order, int64 [leaves, L]."""
         columns = [np.arange(self.level_start[-2], self.level_start[-1])]
-        for depth in range(self.depth, 1, -1):  # a node's parent is the last pointer at or before it
+        for _ in range(self.depth - 1):  # a node's parent is the last pointer at or before it
             columns.append(np.searchsorted(self.first_child, columns[-1], side="right") - 1)
         return np.stack([self.token_of(nodes) for nodes in reversed(columns)], axis=1)
 

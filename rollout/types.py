@@ -128,7 +128,8 @@ class Rollout:
             raise ValueError("a rollout needs one log-probability and one support flag for each token")
         if len(self.sids) != len(self.items) or (self.finish_reason == "item") != bool(self.sids):
             raise ValueError(
-                f"a rollout that ended with {self.finish_reason!r} cannot hold {len(self.sids)} Sids and {len(self.items)} clusters"
+                f"a rollout that ended with {self.finish_reason!r} cannot hold {len(self.sids)} Sids "
+                f"and {len(self.items)} clusters"
             )
 
     @property

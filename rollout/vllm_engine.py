@@ -68,9 +68,9 @@ class VLLMEngine:
         self._adapter: LoRARequest | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="sidrl-vllm-")
         decoder.trie.save(Path(self._folder.name) / "trie")
-        # On CPU vLLM packs the output matrix when it loads and keeps the pack when tied weights are loaded again: the head
-        # would stay old. There the engine's copy is untied, and every load names the head itself.
-        # There too, a seeded request that is prefilled in chunks crashes (vLLM rewinds its generator, which on CPU it cannot).
+        # On CPU vLLM packs the output matrix when it loads and keeps the pack when tied weights are loaded again: the
+        # head would stay old. There the engine's copy is untied, and every load names the head itself. There too, a
+        # seeded request that is prefilled in chunks crashes: vLLM rewinds its generator, which on CPU it cannot.
         longest = max_prompt_tokens + decoder.trie.depth + 1
         start: dict[str, Any] = {}
         if not on_gpu:

@@ -1,7 +1,8 @@
 """The trie as a vLLM logits processor, for both of vLLM's model runners.
 
-A request opts in by `SamplingParams(extra_args={"sidrl": n})`: the last n tokens of its prompt already belong to the item,
-so that its first output token starts n levels below the trie's root (0 for a whole item, more for beams). The trie itself is named once per engine, by `additional_config={"sidrl_trie": folder}`, and mapped from that folder.
+A request opts in by `SamplingParams(extra_args={"sidrl": n})`: the last n tokens of its prompt already belong to the
+item, so that its first output token starts n levels below the trie's root (0 for a whole item, more for beams). The
+trie itself is named once per engine, by `additional_config={"sidrl_trie": folder}`, and mapped from that folder.
 
 vLLM's V1 runner (CPU, and GPUs without V2) tells of rows that come, go and move; a row is a request. The V2 runner
 (default on GPUs) reorders rows each step and keeps requests in slots. One class serves both.
@@ -95,7 +96,7 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         return logits
 
     def _keep(self, logits: torch.Tensor, rows: np.ndarray, nodes: np.ndarray, depth: int) -> None:
-        """Everything but the children becomes -inf: their values are taken out, the rows filled, the values put back."""
+        """All but the children becomes -inf: their values are taken out, the rows filled, the values put back."""
         row_ids = torch.from_numpy(rows).to(logits.device)
         if depth == 0:  # one support for all rows: the indices broadcast
             index = (row_ids[:, None], torch.from_numpy(self.trie.children(0)).to(logits.device)[None])
@@ -132,7 +133,7 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         done = written >= self.trie.depth
         if bool((done | (nodes < 0)).any()):
             raise ValueError("a constrained request left the trie, or asks for more tokens than an item has")
-        child_NC, there_NC = self.torch_trie.children(nodes)
+        child_NC, _ = self.torch_trie.children(nodes)
         tokens_NC = self.torch_trie.token_of[child_NC]
         # Padded entries repeat a real child with its own value, so writing them twice changes nothing.
         kept = logits[row_ids[:, None], tokens_NC]
