@@ -179,6 +179,8 @@ def _layers(line: _CommandLine) -> list[Layer]:
             raise ConfigError([f"algo={algo} differs from {was}, the algorithm of {run.path}: a run keeps its own"])
         algo = was
         files.insert(0, run)
+    if not files and line.last("data.path") in (None, RunConfig().data.path):
+        files.append(read_layer(CONFIG_FOLDER / "demo.yaml"))  # nothing configured: sizes that suit the built-in world
     defaults = CONFIG_FOLDER / "algo" / f"{RunConfig.algo if algo is None else algo}.yaml"
     return [read_layer(defaults), *files] if defaults.is_file() else files  # an unknown algo is told as a bad value
 
@@ -217,7 +219,10 @@ def _parser(prog: str) -> ArgumentParser:
         prog=prog,
         usage="%(prog)s [--config FILE ...] [--section.name VALUE ...]",
         description=(RunConfig.__doc__ or "").partition("\n")[0],
-        epilog="Defaults shown hold configs/algo/<algo>.yaml and each --config given. `null` unsets a setting.",
+        epilog=(
+            "Defaults shown hold configs/algo/<algo>.yaml and each --config given (configs/demo.yaml where there is "
+            "neither a file nor a data.path). `null` unsets a setting."
+        ),
         formatter_class=partial(DefaultHelpFormatter, width=width, max_help_position=30),
         exit_on_error=False,
     )

@@ -38,8 +38,15 @@ def test_every_shipped_file_is_read(path: Path) -> None:
     )
 
 
-def test_without_options_the_schema_and_the_algorithm_decide() -> None:
-    assert read_run([]) == RunConfig()
+def test_without_options_the_demo_decides() -> None:
+    assert read_run([]) == read_run(["--config", str(ROOT / "configs/demo.yaml")])
+    assert read_run(["--data.path", "demo", "--rl.steps", "5"]).warmup == read_run([]).warmup
+
+
+def test_with_data_the_schema_and_the_algorithm_decide() -> None:
+    defaults = RunConfig()
+    data = dataclasses.replace(defaults.data, path="elsewhere")
+    assert read_run(["--data.path", "elsewhere"]) == dataclasses.replace(defaults, data=data)
 
 
 def test_layers_lowest_to_highest(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Amazon Industrial & Scientific: the main job on real data."""

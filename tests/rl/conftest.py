@@ -1,0 +1,236 @@
+"""A small shop, small policies on disk, and trainers on top of them; everything real but the fleet of the fast tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from configs.load import read_run
+from configs.schema import RunConfig
+from rollout.catalog import Catalog
+from rollout.data.native import write_world
+from rollout.data.world import World, load_world
+from rollout.sid import SidFormat, letters_format
+from rollout.types import Record
+
+if TYPE_CHECKING:
+    import torch
+
+    from rl.recorder import Recorder
+    from rl.trl_trainer import SidTrainer
+    from rollout.types import RolloutGroup, Sample, Sampling
+
+SIZES = (3, 4, 5)
+ROWS = {"train": 48, "valid": 10, "test": 12}
+
+MakeConfig = Callable[..., RunConfig]
+MakePolicy = Callable[..., Path]
+MakeTrainer = Callable[..., "Run"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of this session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("SIDRL_CACHE", str(folder))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield folder
+
+
+def shop(fmt: SidFormat | None = None, items: int = 24, seed: int = 3) -> World:
+    """A catalogue in which two items share a Sid, and rows whose prompts have different lengths."""
+    rng = np.random.default_rng(seed)
+    fmt = fmt or letters_format(SIZES)
+    every = np.stack(np.unravel_index(np.arange(int(np.prod(fmt.sizes))), fmt.sizes), axis=1)
+    codes = every[rng.permutation(len(every))[: items - 1]]
+    codes = np.concatenate([codes, codes[:1]])  # the last item is written like the first
+    catalog = Catalog.build(fmt, [f"item-{i}" for i in range(items)], codes, titles=[f"Title {i}" for i in range(items)])
+    splits = {}
+    for split, count in ROWS.items():
+        rows = []
+        for number in range(count):
+            history = tuple(int(i) for i in rng.integers(0, items, 1 + number % 4))
+            rows.append(Record(f"{split}:{number}", f"{split}-{number // 2}", history, (int(rng.integers(items)),), (1.0,)))
+        splits[split] = tuple(rows)
+    return World(catalog, splits, (), "sidrl")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shop in the project's own format."""
+    folder = tmp_path_factory.mktemp("data") / "shop"
+    write_world(shop(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(data: Path) -> World:
+    return load_world(data)
+
+
+@pytest.fixture(scope="session")
+def make_policy(tmp_path_factory: pytest.TempPathFactory, world: World) -> MakePolicy:
+    """Folders of random policies: `make_policy(tied=False, layers=1, fmt=...)`, each made once."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(*, tied: bool = True, layers: int = 2, fmt: SidFormat = world.catalog.format, spread: float = 0.3) -> Path:
+        import torch
+        from transformers import Qwen3ForCausalLM
+
+        from rl.tiny import build_model, build_tokenizer, save_policy
+
+        key = (tied, layers, fmt, spread)
+        if key not in made:
+            tokenizer = build_tokenizer(fmt)
+            torch.manual_seed(7)
+            model = build_model(tokenizer, hidden_size=64, layers=layers, heads=2, max_positions=512)
+            if not tied:
+                settings = model.config
+                settings.tie_word_embeddings = False
+                model = Qwen3ForCausalLM(settings)
+            with torch.no_grad():  # far from uniform, so that a wrong mask or a wrong rank shows
+                for parameter in model.parameters():
+                    if parameter.dim() == 2:
+                        parameter.normal_(0, spread * parameter.shape[1] ** -0.5 * 3)
+            folder = tmp_path_factory.mktemp("policy") / "model"
+            save_policy(model, tokenizer, folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_config(data: Path, make_policy: MakePolicy) -> MakeConfig:
+    """Settings of a tiny run: `make_config({"rl.steps": 3})`, read as the command line is."""
+
+    def make(settings: Mapping[str, Any] | None = None) -> RunConfig:
+        base = {
+            "model.path": str(make_policy()),
+            "data.path": str(data),
+            "rollout.engine": "hf",
+            "rollout.group_size": 4,
+            "rollout.threads": 1,
+            "rewards": [{"reward": "ndcg@10"}],
+            "rl.steps": 2,
+            "rl.prompts_per_step": 4,
+            "rl.micro_batch_groups": 2,
+            "rl.lr_warmup_steps": 0,
+            "data.rl_users": 0,
+            "lora.r": 4,
+            "eval.beam_width": 8,
+            "eval.bootstrap": 20,
+            "eval.unconstrained_samples": 4,
+            "output.rollouts_every": 1,
+        }
+        return read_run(arguments({**base, **(settings or {})}))
+
+    return make
+
+
+def arguments(settings: Mapping[str, Any]) -> list[str]:
+    """A command line of settings."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+
+
+def _hush(_: str) -> None:
+    pass
+
+
+class LocalFleet:
+    """One real HFEngine in this process, under the fleet's interface: stands in for the Ray actors in fast tests.
+
+    Attributes:
+        calls: ("sync", version) and ("generate", version, seed) in order.
+        checksums: what the engine reported after each sync, by version.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.version = 0
+        self.about: list[dict[str, Any]] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.checksums: dict[int, str] = {}
+        self.seen: list[list[RolloutGroup]] = []
+
+    def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        self.calls.append(("generate", self.version, sampling.seed))
+        groups: list[RolloutGroup] = self.engine.generate(list(samples), sampling)
+        assert {group.policy_version for group in groups} == {self.version}
+        self.seen.append(groups)
+        return groups
+
+    def sync(self, weights: Mapping[str, torch.Tensor], version: int, expected: str) -> None:
+        self.calls.append(("sync", version))
+        self.checksums[version] = self.engine.load_weights(dict(weights), version)
+        assert self.checksums[version] == expected
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Run:
+    """A trainer and what it works with."""
+
+    trainer: SidTrainer
+    fleet: LocalFleet
+    recorder: Recorder
+    folder: Path
+    config: RunConfig
+
+    def train(self, resume: Path | None = None) -> list[dict[str, Any]]:
+        """Train, from a checkpoint on when one is given; returns the lines of metrics.jsonl."""
+        self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return self.metrics()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """The tensors of the first step's rollouts."""
+        rows = [
+            {"row": row} for row in range(self.config.rl.prompts_per_step) for _ in range(self.trainer.num_generations)
+        ]
+        return self.trainer._generate_and_score_completions(rows)
+
+
+@pytest.fixture
+def make_run(make_config: MakeConfig, tmp_path: Path) -> MakeTrainer:
+    """A trainer of a tiny run: `make_run({"rl.kl_coef": 0.1})`."""
+    count = iter(range(100))
+
+    def make(
+        settings: Mapping[str, Any] | None = None, folder: Path | None = None, start_at: int = 0, fleet: Any = None
+    ) -> Run:
+        from rl.algorithms import build_algorithm
+        from rl.progress import Progress
+        from rl.recorder import Recorder
+        from rl.task import load_data, prepare_task
+        from rl.trl_trainer import SidTrainer
+        from rollout.hf_engine import HFEngine, load_policy
+
+        config = make_config(settings)
+        folder = folder or tmp_path / f"run-{next(count)}"
+        folder.mkdir(exist_ok=True)
+        world, _ = load_data(config, _hush)
+        path = Path(config.model.path or "")
+        task = prepare_task(config, world, path, _hush)
+        fleet = fleet or LocalFleet(HFEngine(load_policy(path), task.decoder))
+        recorder = Recorder(folder, task, Progress(), rollouts_every=config.output.rollouts_every)
+        recorder.start_at(start_at)
+        trainer = SidTrainer(
+            load_policy(path), task, fleet, build_algorithm(config), config, recorder, folder / "checkpoints"
+        )
+        return Run(trainer, fleet, recorder, folder, config)
+
+    return make
