@@ -54,7 +54,10 @@ def read_run(argv: list[str], prog: str = "python -m rl.train") -> RunConfig:
         _parse(parser, [], layer.values, layer)
         values = _merge(values, layer.values)
     if "help" in line.flags:
-        parser.set_defaults(_flat(values))
+        parser.set_defaults(_flat({key: value for key, value in values.items() if key != "rewards"}))
+        rewards = _build(RunConfig, _parse(parser, [], values, None)).rewards
+        shown = ", ".join(f"{{reward: {reward.reward}, weight: {reward.weight:g}}}" for reward in rewards)
+        next(action for action in parser._actions if action.dest == "rewards").default = f"[{shown}]"
         parser.parse_args(["--help"])
     namespace = _parse(parser, line.options, values, None)
     config: RunConfig = _build(RunConfig, namespace)

@@ -26,12 +26,15 @@ class Recorder:
         task: for decoding prompts and items.
         progress: is told each step.
         rollouts_every: write the rollouts of each so-many-th step; 0 never.
+
+    Attributes:
+        legal_rate: lowest share of legal rollouts of any step since the process started.
     """
 
     def __init__(self, folder: Path, task: Task, progress: Progress, *, rollouts_every: int) -> None:
         self.folder, self.task, self.progress, self.rollouts_every = folder, task, progress, rollouts_every
         self.metrics = folder / "metrics.jsonl"
-        self.last: dict[str, Any] = {}
+        self.legal_rate = 1.0
 
     def start_at(self, step: int) -> None:
         """Drop lines of steps after `step`, which a resumed run takes again."""
@@ -42,15 +45,10 @@ class Recorder:
     def step(self, step: int, steps: int, logs: dict[str, Any]) -> None:
         """One line of metrics; NaN becomes null, which JSON knows."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
-        self.last = {"step": step, **clean}
+        self.legal_rate = min(self.legal_rate, clean.get("legal_rate", 1.0))
         with self.metrics.open("a") as file:
-            file.write(json.dumps(self.last) + "\n")
+            file.write(json.dumps({"step": step, **clean}) + "\n")
         self.progress.update("train", step, steps, clean)
-
-    def extra(self, values: dict[str, Any]) -> None:
-        """A line beside the steps, such as an evaluation on valid."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(values) + "\n")
 
     def rollouts(self, step: int, scored: list[ScoredGroup], advantages_PG: np.ndarray) -> None:
         """Every rollout of a step: prompt, item, rank, rewards, advantage."""

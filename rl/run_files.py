@@ -58,7 +58,7 @@ def write_outputs(
         "seed": config.seed,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "legal_rate": min([recorder.last.get("legal_rate", 1.0), *([after.legal_rate] if after else [])]),
+        "legal_rate": min([recorder.legal_rate, *([after.legal_rate] if after else [])]),
         "skipped_rows": task.skipped,
     }
     for key, evaluation in (("before", before), ("after", after)):

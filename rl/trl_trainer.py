@@ -20,13 +20,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from configs.schema import RunConfig
 from rewards.protocol import ScoredGroup
 from rl.algorithms import Algorithm, without_signal
+from rl.evaluate import evaluate
 from rl.packing import pack_groups
 from rl.recorder import Recorder
 from rl.task import Task
@@ -87,6 +88,18 @@ def peft_arguments(config: RunConfig) -> PeftLoraConfig | None:
     )
 
 
+class EvaluateOnValid(TrainerCallback):
+    """Evaluates every so many steps, before the step's metrics are written."""
+
+    def __init__(self, trainer: SidTrainer, every: int) -> None:
+        self.trainer, self.every = trainer, every
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Called by TRL's loop after each optimizer step."""
+        if state.global_step % self.every == 0:
+            self.trainer.evaluate_on_valid()
+
+
 class SidTrainer(GRPOTrainer):
     """Policy updates on groups of rollouts that a fleet drew under the trie.
 
@@ -125,6 +138,8 @@ class SidTrainer(GRPOTrainer):
             processing_class=task.tokenizer,
             peft_config=peft_arguments(config),
         )
+        if config.eval.every:
+            self.add_callback(EvaluateOnValid(self, config.eval.every))
         if self.accelerator.num_processes > 1:
             raise ValueError("one trainer process only: ranks would each need their share of the fleet's groups")
 
@@ -307,6 +322,12 @@ class SidTrainer(GRPOTrainer):
                 gap = (self._logps - inputs["old_per_token_logps"]) * inputs["completion_mask"]
                 self._ratio_errors.append(float(gap.exp().sub(1).abs().max()))
         return loss
+
+    def evaluate_on_valid(self) -> None:
+        """Beam search on the valid rows; its metrics stand in this step's line as `valid/...`."""
+        evaluation = evaluate(self.policy, self.task, self.config, "valid", self.recorder.progress, "evaluate valid")
+        for name, value in evaluation.flat().items():
+            self.note(f"valid/{name}", float(value))
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; what is not a named phase counts as update."""
