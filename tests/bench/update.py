@@ -1,0 +1,236 @@
+"""One policy update, ours against TRL's own GRPOTrainer, on the same batch and model, in one process, alternating.
+
+    python -m tests.bench.update --prompt 256 --group 16 --groups 4 --vocab 32768
+
+Both sides run the real loss path (`compute_loss`) and `backward`. Ours scores under the trie and packs each group into one
+row; the gradients are compared with ours on the whole vocabulary (`rl.support: full`), which is TRL's distribution.
+The last line is JSON: medians of seconds, their ratio, the gradients' relative difference, peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from configs.schema import LoraConfig, RLConfig, RolloutConfig, RunConfig
+from rewards.runner import RewardSet
+from rl.algorithms import build_algorithm
+from rl.progress import Progress
+from rl.recorder import Recorder
+from rl.task import Task
+from rl.tiny import build_tokenizer
+from rl.trl_trainer import SidTrainer
+from rollout.catalog import Catalog
+from rollout.data.prompts import sid_vocab
+from rollout.decode import Decoder
+from rollout.sid import letters_format
+from rollout.types import Record, Sample
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--group", type=int, default=16, help="rollouts of a group, G")
+    parser.add_argument("--groups", type=int, default=4, help="groups of the batch")
+    parser.add_argument("--vocab", type=int, default=32768, help="size of the vocabulary")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    bench = Bench(options)
+    difference = bench.gradient_difference()
+    seconds: dict[str, list[float]] = {"ours": [], "trl": []}
+    peaks = {"ours": 0.0, "trl": 0.0}
+    for _ in range(options.repeats + 1):
+        for side in seconds:
+            took, peak = bench.update(side)
+            seconds[side].append(took)
+            peaks[side] = max(peaks[side], peak)
+    ours, trl = (statistics.median(seconds[side][1:]) for side in ("ours", "trl"))  # the first of each warms up
+    print(
+        json.dumps(
+            {
+                "ours_s": round(ours, 4),
+                "trl_s": round(trl, 4),
+                "ratio": round(trl / ours, 2),
+                "grad_rel_diff": difference,
+                "ours_peak_mb": round(peaks["ours"], 1),
+                "trl_peak_mb": round(peaks["trl"], 1),
+            }
+        )
+    )
+
+
+class Bench:
+    """One model, one batch, two trainers."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        rng = np.random.default_rng(0)
+        size = 256
+        tokenizer = build_tokenizer(letters_format((size, size, size)))
+        catalog = Catalog.build(
+            letters_format((size, size, size)),
+            [str(item) for item in range(10_000)],
+            rng.integers(0, size, (10_000, 3)),
+        )
+        decoder = Decoder.build(catalog, sid_vocab(catalog.format, tokenizer), options.vocab)
+        samples = [
+            Sample(
+                Record(f"bench:{group}", "", (), (0,), (1.0,)),
+                tuple(rng.integers(10, len(tokenizer), options.prompt).tolist()),
+            )
+            for group in range(options.groups)
+        ]
+        self.model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=options.vocab,
+                hidden_size=options.hidden,
+                intermediate_size=3 * options.hidden,
+                num_hidden_layers=options.layers,
+                num_attention_heads=options.hidden // 64,
+                num_key_value_heads=options.hidden // 64,
+                head_dim=64,
+                tie_word_embeddings=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        ).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.folder = tempfile.TemporaryDirectory()
+        self.trainers: dict[str, GRPOTrainer] = {
+            "ours": self._ours(options, catalog, decoder, samples, tokenizer),
+            "trl": self._trl(options, tokenizer),
+        }
+        paths = decoder.paths[rng.integers(0, decoder.trie.num_leaves, (options.groups, options.group))]
+        self.batch = self._batch(samples, paths)
+
+    def update(self, side: str) -> tuple[float, float]:
+        """Seconds of one forward and backward, and the memory in MB that it took beyond what was there."""
+        self.model.zero_grad(set_to_none=True)
+        with _Peak() as peak:
+            start = time.perf_counter()
+            self._loss(side).backward()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            took = time.perf_counter() - start
+        return took, peak.megabytes
+
+    def gradient_difference(self) -> float:
+        """Relative difference of the gradients on the whole vocabulary."""
+        ours: Any = self.trainers["ours"]
+        trie, ours.config = ours.config, dataclasses.replace(ours.config, rl=RLConfig(support="full"))
+        gradients = []
+        for side in ("ours", "trl"):
+            self.model.zero_grad(set_to_none=True)
+            self._loss(side).backward()
+            gradients.append(
+                torch.cat([p.grad.flatten().double() for p in self.model.parameters() if p.grad is not None])
+            )
+        ours.config = trie
+        return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+
+    def _loss(self, side: str) -> torch.Tensor:
+        trainer = self.trainers[side]
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        return trainer.compute_loss(self.model, dict(self.batch))
+
+    def _ours(
+        self,
+        options: argparse.Namespace,
+        catalog: Catalog,
+        decoder: Decoder,
+        samples: list[Sample],
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> SidTrainer:
+        config = RunConfig(
+            rl=RLConfig(steps=1, prompts_per_step=options.groups, micro_batch_groups=options.groups),
+            rollout=RolloutConfig(group_size=options.group),
+            lora=LoraConfig(enabled=False),
+        )
+        folder = Path(self.folder.name)
+        task = Task(folder, tokenizer, decoder, {"train": samples}, RewardSet(config.rewards, catalog), 0)
+        recorder = Recorder(folder, task, Progress(), rollouts_every=0)
+        fleet: Any = None  # nothing is drawn here
+        return SidTrainer(self.model, task, fleet, build_algorithm(config), config, recorder, folder / "ours")
+
+    def _trl(self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> GRPOTrainer:
+        arguments = GRPOConfig(
+            output_dir=str(Path(self.folder.name) / "trl"),
+            per_device_train_batch_size=options.groups * options.group,
+            num_generations=options.group,
+            max_steps=1,
+            loss_type="grpo",
+            bf16=self.model.dtype == torch.bfloat16,
+            gradient_checkpointing=False,
+            report_to="none",
+        )
+        rows = Dataset.from_dict({"prompt": ["x"] * options.groups})
+        return GRPOTrainer(
+            model=self.model,
+            reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+
+    def _batch(self, samples: list[Sample], paths_PGT: np.ndarray) -> dict[str, torch.Tensor]:
+        device = self.model.device
+        group = paths_PGT.shape[1]
+        prompts = torch.tensor([sample.prompt_ids for sample in samples]).repeat_interleave(group, dim=0)
+        completions = torch.from_numpy(paths_PGT).flatten(0, 1)
+        return {
+            "prompt_ids": prompts.to(device),
+            "prompt_mask": torch.ones_like(prompts).to(device),
+            "completion_ids": completions.to(device),
+            "completion_mask": torch.ones_like(completions).to(device),
+            "advantages": torch.randn(len(prompts)).to(device),
+            "old_per_token_logps": torch.full(completions.shape, -5.0).to(device),
+            "num_items_in_batch": torch.tensor(completions.numel()).to(device),
+        }
+
+
+class _Peak:
+    """Largest memory of the process (or of the GPU) in a block, beyond what it had at the start."""
+
+    def __enter__(self) -> _Peak:
+        self.process, self.stop = psutil.Process(), threading.Event()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            self.start = self.most = self.process.memory_info().rss
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        if torch.cuda.is_available():
+            self.most = torch.cuda.max_memory_allocated()
+        else:
+            self.thread.join()
+        self.megabytes = max(self.most - self.start, 0) / 2**20
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.005):
+            self.most = max(self.most, self.process.memory_info().rss)
+
+
+if __name__ == "__main__":
+    main()
