@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from configs.schema import RunConfig
@@ -31,61 +30,11 @@ from rl.evaluate import evaluate
 from rl.packing import pack_groups
 from rl.recorder import Recorder
 from rl.task import Task
+from rl.trl_arguments import adapter_config, grpo_arguments, peft_arguments
 from rollout.ray_fleet import Adapter, Fleet
 from rollout.support import WHOLE_VOCABULARY, TorchTrie
 from rollout.types import RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, merged_weights
-
-
-def grpo_arguments(config: RunConfig, algorithm: Algorithm, folder: Path, *, bf16: bool) -> GRPOConfig:
-    """TRL's arguments of a run; `trl` of the configuration overrides what this project does not set itself."""
-    rl, group = config.rl, config.rollout.group_size
-    settings: dict[str, Any] = {
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "loss_type": algorithm.loss_type,
-        **config.trl,
-        "output_dir": str(folder),
-        "seed": config.seed,
-        "max_steps": rl.steps,
-        "per_device_train_batch_size": rl.micro_batch_groups * group,
-        "gradient_accumulation_steps": rl.prompts_per_step // rl.micro_batch_groups,
-        "num_generations": group,
-        "num_iterations": rl.epochs_per_batch,
-        "max_completion_length": None,
-        "temperature": config.rollout.temperature,
-        "learning_rate": rl.learning_rate,
-        "lr_scheduler_type": rl.lr_schedule,
-        "warmup_steps": rl.lr_warmup_steps,
-        "beta": rl.kl_coef,
-        "epsilon": rl.clip_low,
-        "epsilon_high": rl.clip_high,
-        "scale_rewards": rl.scale_rewards,
-        "max_grad_norm": rl.max_grad_norm,
-        "bf16": bf16,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": config.output.checkpoint_every or rl.steps,
-        "save_total_limit": config.output.keep_checkpoints,
-        "remove_unused_columns": False,
-    }
-    return GRPOConfig(**settings)
-
-
-def peft_arguments(config: RunConfig) -> PeftLoraConfig | None:
-    """PEFT's LoRA settings, or None for full fine-tuning."""
-    lora = config.lora
-    if not lora.enabled:
-        return None
-    return PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-        **lora.extra,
-    )
 
 
 class EvaluateOnValid(TrainerCallback):
@@ -383,14 +332,6 @@ def _scored_in_groups(**_: Any) -> list[float]:
 def rewards_of(scored: list[ScoredGroup]) -> np.ndarray:
     """Total rewards [P, G]."""
     return np.array([group.total for group in scored])
-
-
-def adapter_config(model: PeftModel) -> str:
-    """PEFT's `adapter_config.json` as text."""
-    import json
-
-    settings = model.peft_config[model.active_adapter].to_dict()
-    return json.dumps({key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()})
 
 
 def _pad(rows: list[Any], value: float, left: bool = False) -> torch.Tensor:
