@@ -45,7 +45,7 @@ class Recorder:
     def step(self, step: int, steps: int, logs: dict[str, Any]) -> None:
         """One line of metrics; NaN becomes null, which JSON knows."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
-        self.legal_rate = min(self.legal_rate, clean.get("legal_rate", 1.0))
+        self.legal_rate = min(self.legal_rate, float(logs["legal_rate"]))
         with self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **clean}) + "\n")
         self.progress.update("train", step, steps, clean)

@@ -36,7 +36,10 @@ MakeTrainer = Callable[..., "Run"]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of this session's own."""
+    """A cache of this session's own, and one thread: with more, four tests at once on four cores wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("SIDRL_CACHE", str(folder))
@@ -52,13 +55,17 @@ def shop(fmt: SidFormat | None = None, items: int = 24, seed: int = 3) -> World:
     every = np.stack(np.unravel_index(np.arange(int(np.prod(fmt.sizes))), fmt.sizes), axis=1)
     codes = every[rng.permutation(len(every))[: items - 1]]
     codes = np.concatenate([codes, codes[:1]])  # the last item is written like the first
-    catalog = Catalog.build(fmt, [f"item-{i}" for i in range(items)], codes, titles=[f"Title {i}" for i in range(items)])
+    catalog = Catalog.build(
+        fmt, [f"item-{i}" for i in range(items)], codes, titles=[f"Title {i}" for i in range(items)]
+    )
     splits = {}
     for split, count in ROWS.items():
         rows = []
         for number in range(count):
             history = tuple(int(i) for i in rng.integers(0, items, 1 + number % 4))
-            rows.append(Record(f"{split}:{number}", f"{split}-{number // 2}", history, (int(rng.integers(items)),), (1.0,)))
+            rows.append(
+                Record(f"{split}:{number}", f"{split}-{number // 2}", history, (int(rng.integers(items)),), (1.0,))
+            )
         splits[split] = tuple(rows)
     return World(catalog, splits, (), "sidrl")
 
@@ -234,3 +241,18 @@ def make_run(make_config: MakeConfig, tmp_path: Path) -> MakeTrainer:
         return Run(trainer, fleet, recorder, folder, config)
 
     return make
+
+
+@pytest.fixture
+def own_ray() -> Iterator[None]:
+    """Ray for this test, unless the session runs one already."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    from configs.schema import RayConfig
+    from rl.ray_cluster import cluster
+
+    with cluster(RayConfig()):
+        yield
