@@ -87,6 +87,7 @@ RANGES: dict[str, Range] = {
     "rl.prompts_per_step": COUNT,
     "rl.micro_batch_groups": COUNT,
     "rl.epochs_per_batch": COUNT,
+    "rl.refill_rounds": NOT_NEGATIVE,
     "rl.learning_rate": POSITIVE,
     "rl.lr_warmup_steps": NOT_NEGATIVE,
     "rl.kl_coef": NOT_NEGATIVE,

@@ -146,6 +146,8 @@ class RLConfig:
         clip_low: The importance ratio is clipped at 1 - clip_low from below.
         clip_high: The importance ratio is clipped at 1 + clip_high from above.
         scale_rewards: Divide advantages by the standard deviation of the group, of the batch, or not at all.
+        refill_rounds: Groups whose rollouts all earn the same teach nothing: replace them by fresh prompts, so many
+            times at most (DAPO's dynamic sampling); 0 keeps them.
         support: Distribution of policy and reference at SID positions: trie (what is sampled and deployed) or full
             (the whole vocabulary, as peers do; biased, for comparison).
         packing: Compute a group's prompt once, its completions beside each other under a tree attention mask; false
@@ -164,6 +166,7 @@ class RLConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    refill_rounds: int = 0
     support: Literal["trie", "full"] = "trie"
     packing: bool = True
     max_grad_norm: float = 1.0
@@ -272,7 +275,7 @@ class RunConfig:
         trl: Any other field of `trl.GRPOConfig`.
     """
 
-    algo: Literal["grpo"] = "grpo"
+    algo: Literal["grpo", "dr_grpo", "rloo", "gspo", "cispo", "dapo", "gpg"] = "grpo"
     output_dir: str | None = None
     resume: str | None = None
     seed: int = 0

@@ -14,14 +14,23 @@ from configs.schema import RunConfig
 from rl.algorithms import Algorithm
 
 
-def grpo_arguments(config: RunConfig, algorithm: Algorithm, folder: Path, *, bf16: bool) -> GRPOConfig:
-    """TRL's arguments of a run; `trl` of the configuration overrides what this project does not set itself."""
+def grpo_arguments(config: RunConfig, algorithm: Algorithm, folder: Path, *, completion: int, bf16: bool) -> GRPOConfig:
+    """TRL's arguments of a run; `trl` of the configuration overrides what this project does not set itself.
+
+    Args:
+        config: the run's settings.
+        algorithm: names the loss.
+        folder: where checkpoints go.
+        completion: tokens of a completion, by which Dr. GRPO's loss is divided.
+        bf16: train in bfloat16.
+    """
     rl, group = config.rl, config.rollout.group_size
     settings: dict[str, Any] = {
         "gradient_checkpointing": False,
         "report_to": "none",
         "disable_tqdm": True,
         "loss_type": algorithm.loss_type,
+        "importance_sampling_level": algorithm.ratio_level,
         **config.trl,
         "output_dir": str(folder),
         "seed": config.seed,
@@ -30,7 +39,7 @@ def grpo_arguments(config: RunConfig, algorithm: Algorithm, folder: Path, *, bf1
         "gradient_accumulation_steps": rl.prompts_per_step // rl.micro_batch_groups,
         "num_generations": group,
         "num_iterations": rl.epochs_per_batch,
-        "max_completion_length": None,
+        "max_completion_length": completion,
         "temperature": config.rollout.temperature,
         "learning_rate": rl.learning_rate,
         "lr_scheduler_type": rl.lr_schedule,

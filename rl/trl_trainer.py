@@ -82,7 +82,13 @@ class SidTrainer(GRPOTrainer):
         super().__init__(
             model=model,
             reward_funcs=[_scored_in_groups],
-            args=grpo_arguments(config, algorithm, folder, bf16=model.dtype == torch.bfloat16),
+            args=grpo_arguments(
+                config,
+                algorithm,
+                folder,
+                completion=task.decoder.trie.depth,
+                bf16=model.dtype == torch.bfloat16,
+            ),
             train_dataset=Dataset.from_dict({"row": list(range(len(self.samples)))}),
             processing_class=task.tokenizer,
             peft_config=peft_arguments(config),
@@ -97,11 +103,12 @@ class SidTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         samples = self.samples_of(inputs)
         self.sync_weights()
-        groups = self.generate(samples)
-        scored = self.score(groups)
+        scored = self.score(self.generate(samples))
+        scored = self.refill(scored)
+        self.note_scores(scored)
         advantages_PG = self.algorithm.advantages(rewards_of(scored))
         self.recorder.rollouts(self.state.global_step + 1, scored, advantages_PG)
-        return self.pack(groups, advantages_PG)
+        return self.pack([group.group for group in scored], advantages_PG)
 
     def samples_of(self, rows: list[dict[str, Any]]) -> list[Sample]:
         """TRL repeats each row G times in a run; one sample is taken for each run."""
@@ -124,10 +131,10 @@ class SidTrainer(GRPOTrainer):
                 weights = merged_weights(self.policy)
                 self.fleet.sync(weights, version, checksum(weights))
 
-    def generate(self, samples: list[Sample]) -> list[RolloutGroup]:
-        """G rollouts for each sample, of the current policy version."""
+    def generate(self, samples: list[Sample], again: int = 0) -> list[RolloutGroup]:
+        """G rollouts for each sample, of the current policy version; `again` counts further draws of one step."""
         rollout = self.config.rollout
-        seed = self.config.seed * 1_000_003 + self.state.global_step
+        seed = (self.config.seed * 1_000_003 + self.state.global_step) * 1_009 + again
         sampling = Sampling(rollout.group_size, rollout.sampler, rollout.temperature, seed=seed)
         with self.phase("rollout"):
             groups = self.fleet.generate(samples, sampling)
@@ -138,9 +145,32 @@ class SidTrainer(GRPOTrainer):
         return groups
 
     def score(self, groups: list[RolloutGroup]) -> list[ScoredGroup]:
-        """Rewards of whole groups, and what they tell of the batch."""
+        """Rewards of whole groups."""
         with self.phase("reward"):
-            scored = self.task.rewards.score(groups)
+            return self.task.rewards.score(groups)
+
+    def refill(self, scored: list[ScoredGroup]) -> list[ScoredGroup]:
+        """Replace groups without signal by groups of fresh prompts, `rl.refill_rounds` times at most (DAPO, eq. 11)."""
+        rounds = self.config.rl.refill_rounds
+        if not rounds:
+            return scored
+        scored, drawn = list(scored), 0
+        fresh = np.random.default_rng([self.config.seed, self.state.global_step]).permutation(len(self.samples))
+        for again in range(1, rounds + 1):
+            empty = np.flatnonzero(without_signal(rewards_of(scored)))
+            rows, fresh = fresh[: len(empty)], fresh[len(empty) :]
+            if not len(rows):
+                break
+            drawn += len(rows)
+            for place, group in zip(
+                empty, self.score(self.generate([self.samples[row] for row in rows], again)), strict=False
+            ):
+                scored[place] = group
+        self.note("refilled_groups", float(drawn))
+        return scored
+
+    def note_scores(self, scored: list[ScoredGroup]) -> None:
+        """What the rewards tell of the batch."""
         for name in scored[0].rewards:
             self.note(f"reward/{name}", float(np.mean([group.rewards[name] for group in scored])))
         for name in scored[0].parts:
@@ -149,7 +179,6 @@ class SidTrainer(GRPOTrainer):
         self.note("reward", float(rewards_PG.mean()))
         self.note("reward_std", float(rewards_PG.std(axis=1).mean()))
         self.note("zero_signal_groups", float(without_signal(rewards_PG).mean()))
-        return scored
 
     def pack(self, groups: list[RolloutGroup], advantages_PG: np.ndarray) -> dict[str, torch.Tensor]:
         """Tensors of the loss, groups whole and in order."""
@@ -161,10 +190,12 @@ class SidTrainer(GRPOTrainer):
             "prompt_mask": _pad([[1] * len(prompt) for prompt in prompts], 0, left=True),
             "completion_ids": _pad([r.token_ids for r in rollouts], self._tokenizer.pad_token_id),
             "completion_mask": _pad([[1] * len(r.token_ids) for r in rollouts], 0),
-            "old_per_token_logps": _pad([r.logps_sampler for r in rollouts], 0.0),
+            "sampler_logps": _pad([r.logps_sampler for r in rollouts], 0.0),
             "advantages": torch.from_numpy(advantages_PG.reshape(-1)).float(),
         }
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        if self.algorithm.importance:  # without them TRL takes the policy's own: a ratio of 1, the plain gradient
+            batch["old_per_token_logps"] = batch["sampler_logps"]
         batch["num_items_in_batch"] = batch["completion_mask"].sum()
         if self.beta != 0.0:
             with self.phase("reference"):
@@ -268,7 +299,7 @@ class SidTrainer(GRPOTrainer):
                 < self.args.gradient_accumulation_steps
             ):
                 # No update since these rollouts were drawn: policy and sampler should be one distribution.
-                gap = (self._logps - inputs["old_per_token_logps"]) * inputs["completion_mask"]
+                gap = (self._logps - inputs["sampler_logps"]) * inputs["completion_mask"]
                 self._ratio_errors.append(float(gap.exp().sub(1).abs().max()))
         return loss
 
