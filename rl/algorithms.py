@@ -75,7 +75,7 @@ DR_GRPO = Algorithm("dr_grpo", "dr_grpo")
 losses summed and divided by a constant length, so that neither length nor difficulty weighs a prompt."""
 
 RLOO = Algorithm("rloo", "dr_grpo", baseline="leave_one_out")
-"""RLOO (arXiv 2402.14740): REINFORCE with the mean of the other rollouts as baseline, which keeps the estimate unbiased;
+"""RLOO (arXiv 2402.14740): REINFORCE with the mean of the other rollouts as baseline, which leaves it unbiased;
 `rl.scale_rewards: none`. Reference values: G 2 to 4, lr 1e-6, KL .03."""
 
 GSPO = Algorithm("gspo", "grpo", ratio_level="sequence")
