@@ -133,7 +133,11 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path) -> None:
         (["--rl.steps", "x"], "command line: rl.steps='x' must be an integer"),
         (["--rl.steps"], "command line: --rl.steps needs a value: an integer"),
         (["--seed", "true"], "command line: seed='true' must be an integer"),
-        (["--algo", "gpro"], "command line: algo='gpro' must be one of grpo, dr_grpo, rloo, gspo, cispo, dapo, gpg; did you mean grpo?"),
+        (
+            ["--algo", "gpro"],
+            "command line: algo='gpro' must be one of grpo, dr_grpo, rloo, gspo, cispo, dapo, gpg; "
+            "did you mean gspo or grpo?",
+        ),
         (
             ["--rl.scale_rewards=grop"],
             "command line: rl.scale_rewards='grop' must be one of group, batch, none; did you mean group?",
