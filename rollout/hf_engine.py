@@ -14,7 +14,7 @@ from rollout.decode import Decoder
 from rollout.search import beam, draw
 from rollout.support import TorchTrie
 from rollout.types import RolloutGroup, Sample, Sampling
-from rollout.weights import checksum
+from rollout.weights import checksum, require_fit, shapes_of
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -53,6 +53,7 @@ class HFEngine:
         self.decoder = decoder
         self.trie = TorchTrie(decoder.trie, model.device)
         self.max_batch_prompts = max_batch_prompts
+        self.shapes = shapes_of(model)
         self.policy_version = 0
 
     def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
@@ -76,16 +77,9 @@ class HFEngine:
         Raises:
             ValueError: when the weights are not those of this model.
         """
+        require_fit(weights, self.shapes, version)
+        self.model.load_state_dict(dict(weights), strict=False)  # not strict: a tied head comes with the embedding
         own = self.model.state_dict()
-        try:
-            result = self.model.load_state_dict(dict(weights), strict=False)
-        except RuntimeError as error:
-            raise ValueError(f"weights of version {version} do not fit the engine's model: {error}") from error
-        missing = [name for name in result.missing_keys if not name.startswith("lm_head.")]
-        if missing or result.unexpected_keys:
-            raise ValueError(
-                f"weights of version {version}: missing {missing[:3]}, unknown {result.unexpected_keys[:3]}"
-            )
         self.policy_version = version
         return checksum({name: own[name] for name in weights})
 

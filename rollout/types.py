@@ -79,7 +79,7 @@ class Sampling:
         group_size: rollouts per sample, G.
         sampler: `sample` draws G independent items, `beam` lists the G most likely distinct items, best first
             (fewer when the catalogue has fewer), `greedy` takes the likeliest token each step.
-        temperature: logits are divided by it before the softmax; > 0.
+        temperature: logits are divided by it before the softmax; > 0, and 1 for greedy, which does not depend on it.
         constrained: True restricts every SID position to the trie's children; False leaves the whole vocabulary.
         seed: seeds every draw; the same seed, prompts and weights give the same rollouts.
     """
@@ -97,6 +97,10 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} must be > 0 (take sampler='greedy' for the argmax)")
         if self.sampler not in ("sample", "beam", "greedy"):
             raise ValueError(f"sampler={self.sampler!r} must be one of sample, beam, greedy")
+        if self.sampler == "greedy" and self.temperature != 1.0:
+            raise ValueError(
+                f"sampler='greedy' takes the likeliest token at any temperature; temperature={self.temperature}"
+            )
         if self.sampler == "beam" and not self.constrained:
             raise ValueError("sampler='beam' lists items of the trie; it needs constrained=True")
 

@@ -15,7 +15,7 @@ from rollout.decode import Decoder
 from rollout.hf_engine import load_policy
 from rollout.search import sample_seed
 from rollout.types import RolloutGroup, Sample, Sampling
-from rollout.weights import checksum, merged_weights, tied_head
+from rollout.weights import checksum, merged_weights, require_fit, shapes_of, tied_head
 
 # In-process engine core: weights reach it without a second copy, and it dies with the actor that holds it.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -23,6 +23,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -100,9 +101,14 @@ class VLLMEngine:
             **lora,
         )
         self._tied: tuple[str, str] | None = None
-        if not on_gpu:
+        if on_gpu:
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+            with torch.device("meta"):
+                policy = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            self._shapes = shapes_of(policy)
+        else:
             policy = load_policy(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
-            self._tied = tied_head(policy)
+            self._shapes, self._tied = shapes_of(policy), tied_head(policy)
             self.load_weights(merged_weights(policy), 0)
 
     def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
@@ -140,7 +146,13 @@ class VLLMEngine:
         return groups
 
     def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> str:
-        """Load full weights in place; the checksum is that of the tensors handed to vLLM's loader."""
+        """Load full weights in place; the checksum is that of the tensors handed to vLLM's loader.
+
+        Raises:
+            ValueError: when the weights are not those of this model. Nothing has been touched then; vLLM itself would
+                pass over a missing tensor and break off half-way at a wrong shape.
+        """
+        require_fit(weights, self._shapes, version)
         named = dict(weights)
         if self._tied:
             head, embedding = self._tied

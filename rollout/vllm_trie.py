@@ -65,6 +65,8 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         for row, params, prompt_ids, output_ids in batch_update.added:
             self.rows.pop(row, None)
             length = _prefix_length(params)
+            if length is not None and length > len(prompt_ids or []):
+                raise ValueError(f"a prompt of {len(prompt_ids or [])} tokens cannot end with {length} item tokens")
             if length is not None:
                 self.rows[row] = ((prompt_ids or [])[-length:] if length else [], output_ids)
         for source, target, direction in batch_update.moved:

@@ -16,34 +16,61 @@ def merged_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor
 
     A PEFT model's active adapter is folded in. The model itself is left bit-equal: base weights are copied back after
     each layer's merge, since merging and unmerging again would drift by a rounding error each time.
+
+    Raises:
+        ValueError: when an adapter has made a tied output matrix differ from the embedding: no plain model of that
+            architecture could hold both.
     """
     with torch.no_grad():
-        return dict(_merged(model))
+        if not isinstance(model, PeftModel):
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _untied(model)}
+        base = model.get_base_model()
+        weights = dict(_merged(base))
+    if base.config.get_text_config().tie_word_embeddings and base.get_output_embeddings() is not None:
+        head, embedding = _vocabulary_names(base)
+        if not {head, embedding} <= set(weights) or not torch.equal(weights[head], weights[embedding]):
+            raise ValueError(
+                "the adapter changes the vocabulary of a model whose output matrix is tied to its embedding: set "
+                "ensure_weight_tying (lora.extra.ensure_weight_tying: true), or leave the vocabulary out of it"
+            )
+        del weights[head]
+    return weights
 
 
-def _merged(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    if not isinstance(model, PeftModel):
-        for name, tensor in _untied(model):
-            yield name, tensor.detach().to("cpu", copy=True)
-        return
-    base = model.get_base_model()
+def _merged(base: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     merged: dict[str, torch.Tensor] = {}
     for name, layer in base.named_modules():
         if isinstance(layer, BaseTunerLayer) and hasattr(layer, "merge"):
             inner = layer.get_base_layer()
             kept = {key: tensor.clone() for key, tensor in inner.state_dict().items()}
             layer.merge()
-            merged |= {
-                f"{name}.{key}": tensor.detach().to("cpu", copy=True) for key, tensor in inner.state_dict().items()
-            }
             for key, tensor in inner.state_dict().items():
+                merged[f"{name}.{key}"] = tensor.detach().to("cpu", copy=True)
                 tensor.copy_(kept[key])
             layer.merged_adapters = []
-    for name, tensor in _untied(base):
-        clean = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
+    for name, tensor in base.state_dict().items():
         if "lora_" in name or ".original_module" in name:
             continue
+        clean = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
         yield clean, merged.get(clean, tensor.detach()).to("cpu", copy=True)
+
+
+def require_fit(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], version: int) -> None:
+    """Raise ValueError unless the weights are, by name and shape, those of the engine's model."""
+    missing, unknown = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
+    other = [
+        f"{name} is {tuple(weights[name].shape)} for {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if missing or unknown or other:
+        told = [f"missing {missing[:3]}"] * bool(missing) + [f"unknown {unknown[:3]}"] * bool(unknown) + other[:3]
+        raise ValueError(f"weights of version {version} do not fit the engine's model: {'; '.join(told)}")
+
+
+def shapes_of(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Shape of every weight that `merged_weights` gives of such a model."""
+    return {name: tensor.shape for name, tensor in _untied(model)}
 
 
 def tied_head(model: PreTrainedModel) -> tuple[str, str] | None:
@@ -51,7 +78,12 @@ def tied_head(model: PreTrainedModel) -> tuple[str, str] | None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return None
+    return _vocabulary_names(model)
+
+
+def _vocabulary_names(model: PreTrainedModel) -> tuple[str, str]:
     names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight"
 
 

@@ -5,6 +5,8 @@ Engines and Ray start when a test first asks for them, once a session. Nothing h
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)  # tiny models: more threads only fight each other and the engines
 
 LEVELS, CODES, ITEMS = 3, 16, 200
-MAX_PROMPT = 64
+MAX_PROMPT = 320
 
 
 def peaked_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, tied: bool = True) -> Qwen3ForCausalLM:
@@ -61,6 +63,13 @@ def hostile_generation_config(folder: Path, eos: list[int]) -> None:
         "no_repeat_ngram_size": 1,
     }
     (folder / "generation_config.json").write_text(json.dumps(settings))
+
+
+def need_vllm() -> None:
+    """Skips the test where vLLM is absent; else sets vLLM's environment, by importing the module that does."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    importlib.import_module("rollout.vllm_engine")
 
 
 @pytest.fixture(scope="session")
@@ -111,17 +120,18 @@ def tiny_decoder(tiny_catalog: Catalog, tiny_vocab: SidVocab, tiny_model: Qwen3F
 
 @pytest.fixture(scope="session")
 def tiny_samples(tiny_catalog: Catalog, tiny_tokenizer: PreTrainedTokenizerFast) -> list[Sample]:
-    """24 samples with prompts of 1 to about 40 tokens."""
+    """24 samples with prompts of 1 to 300 tokens: three are longer than a block of vLLM's prefix cache (128 on CPU)."""
     rng = np.random.default_rng(11)
     samples = []
     for row in range(24):
-        history = tuple(int(item) for item in rng.integers(0, len(tiny_catalog), row % 10))
+        length = {7: 45, 12: 60, 21: 90}.get(row, row % 10)
+        history = tuple(int(item) for item in rng.integers(0, len(tiny_catalog), length))
         written = "".join(tiny_catalog.format.format(tiny_catalog.sid(item)) for item in history)
         text = "?" if row == 0 else f"user {row}: {written}"
         record = Record(f"tiny:{row}", f"u{row}", history, (int(rng.integers(len(tiny_catalog))),), (1.0,))
         samples.append(Sample(record, tuple(tiny_tokenizer(text)["input_ids"])))
     lengths = {len(sample.prompt_ids) for sample in samples}
-    assert min(lengths) == 1 and max(lengths) <= MAX_PROMPT and len(lengths) > 8
+    assert min(lengths) == 1 and 2 * 128 < max(lengths) <= MAX_PROMPT and len(lengths) > 8
     return samples
 
 
@@ -133,7 +143,7 @@ def hf_engine(tiny_policy: Path, tiny_decoder: Decoder) -> HFEngine:
 
 @pytest.fixture(scope="session")
 def _vllm_session(tiny_policy: Path, tiny_decoder: Decoder) -> VLLMEngine:
-    pytest.importorskip("vllm")
+    need_vllm()
     from rollout.vllm_engine import VLLMEngine
 
     return VLLMEngine(str(tiny_policy), tiny_decoder, dtype="float32", max_prompt_tokens=MAX_PROMPT)
@@ -152,7 +162,6 @@ def vllm_engine(_vllm_session: VLLMEngine, tiny_model: Qwen3ForCausalLM) -> Iter
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[str]:
     """A Ray of this session's own."""
-    pytest.importorskip("ray")
     from configs.schema import RayConfig
     from rl.ray_cluster import cluster
 

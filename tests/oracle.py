@@ -1,4 +1,4 @@
-"""The slow and obvious way to score items, that fast code is compared with: full logits, a Python set of legal tokens."""
+"""Items scored the slow and obvious way, to compare fast code with: full logits, a Python set of legal tokens."""
 
 from __future__ import annotations
 
