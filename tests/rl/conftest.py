@@ -1,14 +1,18 @@
-"""A small shop, small policies on disk, and trainers on top of them; everything real but the fleet of the fast tests."""
+"""A small shop, small policies on disk, and trainers on them; all real but the fleet of the fast tests."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 
 from configs.load import read_run
@@ -36,7 +40,7 @@ MakeTrainer = Callable[..., "Run"]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of this session's own, and one thread: with more, four tests at once on four cores wait for each other."""
+    """A cache of this session's own, and one thread: more would wait for each other."""
     import torch
 
     torch.set_num_threads(1)
@@ -98,7 +102,7 @@ def make_policy(tmp_path_factory: pytest.TempPathFactory, world: World) -> MakeP
         if key not in made:
             tokenizer = build_tokenizer(fmt)
             torch.manual_seed(7)
-            model = build_model(tokenizer, hidden_size=64, layers=layers, heads=2, max_positions=512)
+            model = build_model(tokenizer, hidden_size=64, layers=layers, heads=2, max_positions=1024)
             if not tied:
                 settings = model.config
                 settings.tie_word_embeddings = False
@@ -150,6 +154,60 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
 
 def _hush(_: str) -> None:
     pass
+
+
+def tiny_run(data: Path, model: Path, output: Path | None) -> dict[str, Any]:
+    """Settings of a whole run that takes seconds."""
+    return {
+        "model.path": str(model),
+        "data.path": str(data),
+        "rollout.engine": "hf",
+        "rollout.group_size": 4,
+        "rollout.cpus_per_engine": 0.1,
+        "ray.trainer_cpus": 0.1,
+        "rl.steps": 2,
+        "rl.prompts_per_step": 4,
+        "rl.micro_batch_groups": 2,
+        "rl.lr_warmup_steps": 0,
+        "data.rl_users": 0,
+        "lora.r": 4,
+        "eval.beam_width": 8,
+        "eval.bootstrap": 20,
+        "eval.unconstrained_samples": 4,
+        **({"output_dir": str(output)} if output else {}),
+    }
+
+
+def quiet_environment(mark: str, **more: str) -> dict[str, str]:
+    """Environment of a command whose processes can be found again by `marked`; threads that wait do not spin."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own = {"SIDRL_TEST_MARK": mark, "OMP_WAIT_POLICY": "PASSIVE", "RAY_USAGE_STATS_ENABLED": "0", "COLUMNS": "200"}
+    return kept | own | more
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Every process that was started, however indirectly, by a command with this mark."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SIDRL_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def wait_until_gone(mark: str, seconds: float = 20) -> list[str]:
+    """Command lines of processes with a mark that are still there after so many seconds."""
+    end = time.monotonic() + seconds
+    while (left := marked(mark)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return [" ".join(process.cmdline()) for process in left if process.is_running()]
+
+
+def end_all(mark: str) -> None:
+    """End the processes of a mark, and no others."""
+    for process in marked(mark):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 class LocalFleet:

@@ -20,7 +20,7 @@ VOCAB = 200  # every id below it is a token of the tiny policies
 def batch(
     lengths: list[int], group: int, completion: int, *, duplicates: bool = True, cut: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded prompts of these lengths and right-padded completions; pads are random tokens, so that they matter."""
+    """Left-padded prompts of these lengths and right-padded completions; pads are random tokens."""
     generator = torch.Generator().manual_seed(sum(lengths) + 31 * group + completion)
     longest = max(lengths)
     ids = torch.randint(5, VOCAB, (len(lengths) * group, longest + completion), generator=generator)
