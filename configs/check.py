@@ -221,6 +221,13 @@ def _policy_update(config: RunConfig) -> Iterator[str]:
     groups, prompts = config.rl.micro_batch_groups, config.rl.prompts_per_step
     if groups >= 1 and prompts >= 1 and prompts % groups:
         yield f"rl.micro_batch_groups={groups} must divide rl.prompts_per_step={prompts}"
+    passes = config.rl.epochs_per_batch
+    for key in ("rl.steps", "output.checkpoint_every"):
+        if passes >= 1 and _value(config, key) % passes:
+            yield (
+                f"{key}={_value(config, key)} must be a multiple of rl.epochs_per_batch={passes}: "
+                "a checkpoint keeps no rollouts"
+            )
     schedule = config.rl.lr_schedule
     if schedule in METRIC_SCHEDULES:
         yield f"rl.lr_schedule={schedule!r} follows a metric that RL does not have; take one of {', '.join(SCHEDULES)}"

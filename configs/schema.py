@@ -142,7 +142,8 @@ class RLConfig:
         learning_rate: Peak learning rate.
         lr_schedule: Schedule of transformers: linear, cosine, constant, constant_with_warmup and others.
         lr_warmup_steps: Steps of linear warm-up of the learning rate.
-        kl_coef: Weight of the KL divergence to the reference (k3 estimator); 0 needs no reference.
+        kl_coef: Weight of the KL divergence to the reference (k3 estimator, times the importance ratio unless
+            `trl.use_bias_correction_kl` is false); 0 needs no reference.
         clip_low: The importance ratio is clipped at 1 - clip_low from below.
         clip_high: The importance ratio is clipped at 1 + clip_high from above.
         scale_rewards: Divide advantages by the standard deviation of the group, of the batch, or not at all.

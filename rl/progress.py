@@ -92,7 +92,8 @@ class View:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if console.is_terminal:
+            self._bars.stop()
 
     def show(self, snapshot: Snapshot) -> None:
         """Print new messages and move the bar."""

@@ -21,8 +21,9 @@ from rl.progress import Progress, Snapshot, View
 def cluster(config: RayConfig) -> Iterator[str]:
     """Connect for the length of the block; yields what it connected to, for people.
 
-    `ray.address`, else the cluster whose job this is (`RAY_ADDRESS`), else a Ray of its own on the loopback interface
-    that asks for a token nobody else has and ends with the block.
+    `ray.address`, else the cluster whose job this is (`RAY_ADDRESS`), else a Ray of its own that
+    asks for a token which nobody else has, and ends with the block. (Ray's own ports listen on every interface; the
+    token is what guards them.)
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.address or os.environ.get("RAY_ADDRESS")
@@ -35,7 +36,9 @@ def cluster(config: RayConfig) -> Iterator[str]:
         ray.init(address=address, log_to_driver=False, logging_level="error")
         where = f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
     else:
-        ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(
+            "local", _node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
         where = "started Ray on this machine"
     resources = ray.cluster_resources()
     try:

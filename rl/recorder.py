@@ -45,7 +45,8 @@ class Recorder:
     def step(self, step: int, steps: int, logs: dict[str, Any]) -> None:
         """One line of metrics; NaN becomes null, which JSON knows."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
-        self.legal_rate = min(self.legal_rate, float(logs["legal_rate"]))
+        if "legal_rate" in logs:  # a further pass over a batch draws nothing
+            self.legal_rate = min(self.legal_rate, float(logs["legal_rate"]))
         with self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **clean}) + "\n")
         self.progress.update("train", step, steps, clean)
@@ -102,7 +103,7 @@ def _whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / MARKER).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -140,9 +140,18 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={model_path}: no model and tokenizer could be read from it: {error}") from error
-    decoder = Decoder.build(
-        world.catalog, sid_vocab(world.catalog.format, tokenizer), model_config.get_text_config().vocab_size
-    )
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    needed = config.data.max_prompt_tokens + world.catalog.format.depth + 1
+    if positions is not None and positions < needed:
+        raise ValueError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and an item need {needed} positions, and "
+            f"model.path={model_path} has max_position_embeddings={positions}"
+        )
+    try:
+        vocab = sid_vocab(world.catalog.format, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"model.path={model_path}: {error}") from error
+    decoder = Decoder.build(world.catalog, vocab, model_config.get_text_config().vocab_size)
     if config.rollout.sampler == "beam" and decoder.trie.num_leaves < config.rollout.group_size:
         raise ValueError(
             f"rollout.group_size={config.rollout.group_size} distinct items are asked of a catalogue of "

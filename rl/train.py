@@ -41,7 +41,6 @@ def main(argv: list[str] | None = None) -> None:
     claim_folder(folder, config)
     with cluster(config.ray) as where:
         console.print(f"{where}; run folder {folder}", markup=False)
-        save_config(config, folder / "config.yaml")
         summary = run_in_worker(config)
     show_summary(summary, folder)
 
@@ -70,6 +69,7 @@ def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     world, data = load_data(config, progress.say)
     path = policy_folder(config, world, data, progress.say, lambda scratch: warm_up(config, world, scratch, progress))
     task = prepare_task(config, world, path, progress.say)
+    save_config(config, folder / "config.yaml")
     spec = engine_spec(config, path)
     progress.say(f"rollout engine: {spec.kind} ({spec.why}), {config.rollout.num_engines} of them")
     fleet = Fleet(spec, task.decoder)

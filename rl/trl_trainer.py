@@ -21,7 +21,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl import GRPOTrainer
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from configs.schema import RunConfig
 from rewards.protocol import ScoredGroup
@@ -47,6 +47,15 @@ class EvaluateOnValid(TrainerCallback):
         """Called by TRL's loop after each optimizer step."""
         if state.global_step % self.every == 0:
             self.trainer.evaluate_on_valid()
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler with an order of its own for each pass over the rows, so that a resumed pass has the same one."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by transformers' loop before each pass."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + 1_000_003 * epoch)
 
 
 class SidTrainer(GRPOTrainer):
@@ -282,6 +291,16 @@ class SidTrainer(GRPOTrainer):
         return output.logits[:, packed.place_GT].flatten(0, 1)
 
     # TRL's hooks ------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        return EpochSampler(
+            data_source=dataset if dataset is not None else self.train_dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Slices of the buffered rollouts. TRL shuffles completions across groups here; ours stay whole, in order."""

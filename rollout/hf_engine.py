@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollout.decode import Decoder
@@ -38,7 +39,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch_dtype(dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.path={path}: no causal language model could be loaded from it: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

@@ -2,8 +2,8 @@
 
     python -m tests.bench.update --prompt 256 --group 16 --groups 4 --vocab 32768
 
-Both sides run the real loss path (`compute_loss`) and `backward`. Ours scores under the trie and packs each group into one
-row; the gradients are compared with ours on the whole vocabulary (`rl.support: full`), which is TRL's distribution.
+Both sides run the real loss path (`compute_loss`) and `backward`. Ours scores under the trie and packs each group into
+one row; the gradients are compared with ours on the whole vocabulary (`rl.support: full`), which is TRL's distribution.
 The last line is JSON: medians of seconds, their ratio, the gradients' relative difference, peak memory.
 """
 
