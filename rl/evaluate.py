@@ -16,6 +16,7 @@ from configs.load import parse_run
 from configs.schema import RunConfig
 from rl.metrics import EvalResult, evaluate_lists
 from rl.progress import Progress, console, fail_clearly
+from rl.quiet import quiet_libraries
 from rl.task import Task, load_data, policy_folder, prepare_task
 from rollout.hf_engine import HFEngine, load_policy
 from rollout.search import beam
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     from rl.warmup import warm_up
 
     config = parse_run(argv, prog="python -m rl.evaluate")
+    quiet_libraries(None)
     progress = Progress()
     with progress.shown():
         world, folder = load_data(config, progress.say)

@@ -28,7 +28,7 @@ def show_plan(config: RunConfig) -> None:
         console.print(text, markup=False)
 
     with tempfile.TemporaryDirectory(prefix="sidrl-plan-") as scratch:
-        quiet_libraries(Path(scratch) / "log")
+        quiet_libraries(None)
         console.print(dump(config), markup=False)
         world, folder = load_data(config, say)
         if config.model.path is None:

@@ -8,10 +8,12 @@ import warnings
 from pathlib import Path
 
 
-def quiet_libraries(log: Path) -> None:
-    """Send logging and warnings of this process to `log`, and turn progress bars of the libraries off."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log)
+def quiet_libraries(log: Path | None) -> None:
+    """Send logging and warnings of this process to `log` (None: nowhere), and turn the libraries' progress bars off."""
+    handler: logging.Handler = logging.NullHandler()
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)

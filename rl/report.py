@@ -36,6 +36,16 @@ def table(before: EvalResult | None, after: EvalResult | None, keys: Sequence[st
     """
     shown = keys if keys is not None else list(dict.fromkeys([*_values(before), *_values(after)]))
     rows = before.rows if before else after.rows if after else 0
+    if before is None or after is None:  # one evaluation: nothing to compare
+        only, single = (
+            after or before,
+            Table(title=f"Evaluation on {rows:,} users", caption="[ ] 95 % interval over users"),
+        )
+        single.add_column("metric", no_wrap=True)
+        single.add_column("value", justify="right", no_wrap=True)
+        for key in shown:
+            single.add_row(key, _cell(_values(only).get(key), _intervals(only).get(key)))
+        return single
     result = Table(title=f"Evaluation on {rows:,} users", caption="[ ] 95 % interval over users · ▲ ▼ intervals apart")
     result.add_column("metric", no_wrap=True)
     for name in ("before", "after", "change"):

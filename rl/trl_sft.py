@@ -11,6 +11,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -120,5 +121,6 @@ def sft(
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(config.patience), _Report(report)],
     )
+    trainer.remove_callback(PrinterCallback)  # what transformers prints where it shows no bar; `report` tells people
     trainer.train()
     return trainer.model

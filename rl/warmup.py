@@ -12,6 +12,7 @@ import torch
 from configs.load import parse_run
 from configs.schema import RunConfig
 from rl.progress import Progress, console, fail_clearly
+from rl.quiet import quiet_libraries
 from rl.task import load_data, rl_and_warmup_rows, tokenise
 from rl.tiny import build_model, build_tokenizer, save_policy
 from rollout.data.prompts import sid_vocab
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(config.output_dir)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"output_dir={target} is not empty; name a new folder")
+    quiet_libraries(None)
     progress = Progress()
     with progress.shown():
         world, _ = load_data(config, progress.say)

@@ -10,7 +10,9 @@ The last line is JSON: medians of seconds, their ratio, the gradients' relative 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
 import statistics
 import tempfile
@@ -55,12 +57,10 @@ def main() -> None:
     bench = Bench(options)
     difference = bench.gradient_difference()
     seconds: dict[str, list[float]] = {"ours": [], "trl": []}
-    peaks = {"ours": 0.0, "trl": 0.0}
     for _ in range(options.repeats + 1):
         for side in seconds:
-            took, peak = bench.update(side)
-            seconds[side].append(took)
-            peaks[side] = max(peaks[side], peak)
+            seconds[side].append(bench.seconds(side))
+    peaks = bench.peaks()
     ours, trl = (statistics.median(seconds[side][1:]) for side in ("ours", "trl"))  # the first of each warms up
     print(
         json.dumps(
@@ -119,16 +119,28 @@ class Bench:
         paths = decoder.paths[rng.integers(0, decoder.trie.num_leaves, (options.groups, options.group))]
         self.batch = self._batch(samples, paths)
 
-    def update(self, side: str) -> tuple[float, float]:
-        """Seconds of one forward and backward, and the memory in MB that it took beyond what was there."""
+    def seconds(self, side: str) -> float:
+        """Seconds of one forward and backward."""
         self.model.zero_grad(set_to_none=True)
-        with _Peak() as peak:
-            start = time.perf_counter()
-            self._loss(side).backward()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            took = time.perf_counter() - start
-        return took, peak.megabytes
+        start = time.perf_counter()
+        self._loss(side).backward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def peaks(self) -> dict[str, float]:
+        """Memory in MB that an update takes beyond what was there, by side; measured apart from the seconds."""
+        megabytes = {}
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: freed tensors go back to the system at once, so RSS tells
+        for side in self.trainers:
+            self.model.zero_grad(set_to_none=True)
+            gc.collect()
+            libc.malloc_trim(0)
+            with _Peak() as peak:
+                self._loss(side).backward()
+            megabytes[side] = peak.megabytes
+        return megabytes
 
     def gradient_difference(self) -> float:
         """Relative difference of the gradients on the whole vocabulary."""
@@ -194,13 +206,15 @@ class Bench:
         group = paths_PGT.shape[1]
         prompts = torch.tensor([sample.prompt_ids for sample in samples]).repeat_interleave(group, dim=0)
         completions = torch.from_numpy(paths_PGT).flatten(0, 1)
+        sampler_logps = torch.full(completions.shape, -5.0).to(device)
         return {
             "prompt_ids": prompts.to(device),
             "prompt_mask": torch.ones_like(prompts).to(device),
             "completion_ids": completions.to(device),
             "completion_mask": torch.ones_like(completions).to(device),
             "advantages": torch.randn(len(prompts)).to(device),
-            "old_per_token_logps": torch.full(completions.shape, -5.0).to(device),
+            "old_per_token_logps": sampler_logps,
+            "sampler_logps": sampler_logps,
             "num_items_in_batch": torch.tensor(completions.numel()).to(device),
         }
 
@@ -228,7 +242,7 @@ class _Peak:
         self.megabytes = max(self.most - self.start, 0) / 2**20
 
     def _watch(self) -> None:
-        while not self.stop.wait(0.005):
+        while not self.stop.wait(0.002):
             self.most = max(self.most, self.process.memory_info().rss)
 
 

@@ -51,8 +51,8 @@ def test_table_marks_a_fall() -> None:
 
 
 def test_table_of_one_side() -> None:
-    assert lines_of(BEFORE, None, ["hr@1"]) == [["hr@1", "0.1000 [0.0900, 0.1100]", "-", "-", ""]]
-    assert lines_of(None, AFTER, ["coverage@10"]) == [["coverage@10", "-", "0.6000", "-", ""]]
+    assert lines_of(BEFORE, None, ["hr@1"]) == [["hr@1", "0.1000 [0.0900, 0.1100]"]]
+    assert lines_of(None, AFTER, ["coverage@10"]) == [["coverage@10", "0.6000"]]
     assert lines_of(None, None) == []
 
 
