@@ -9,6 +9,7 @@ expectation (see `rewards.groups.Targets`): a shared sid takes one place, which 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,7 +25,7 @@ from rollout.types import RolloutGroup
 Cluster = tuple[int, ...]  # the items that share a sid
 
 
-class _ListMetric:
+class _ListMetric(ABC):
     """A metric of a ranked list and the credit of each of its members. Subclasses are dataclasses with these fields."""
 
     k: int | None
@@ -34,9 +35,9 @@ class _ListMetric:
         if self.k is not None and (not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1):
             raise RewardError(f"k={self.k!r} must be a whole number of at least 1, or None for the whole list")
 
+    @abstractmethod
     def credits(self, ranked: Sequence[Cluster], targets: Targets, k: int) -> list[float]:
         """Credit of each member of a ranked list."""
-        raise NotImplementedError
 
     def metric(self, ranked: Sequence[Cluster], targets: Targets, k: int) -> float:
         """Metric of a ranked list."""

@@ -18,7 +18,7 @@ from rl.metrics import EvalResult, evaluate_lists
 from rl.progress import Progress, console, fail_clearly
 from rl.quiet import quiet_libraries
 from rl.task import Task, load_data, policy_folder, prepare_task
-from rollout.hf_engine import HFEngine, load_policy
+from rollout.hf_engine import HFEngine, open_policy
 from rollout.search import beam
 from rollout.types import Sample, Sampling
 
@@ -114,12 +114,7 @@ def main(argv: list[str] | None = None) -> None:
             config, world, folder, progress.say, lambda scratch: warm_up(config, world, scratch, progress)
         )
         task = prepare_task(config, world, path, progress.say)
-        model = load_policy(
-            path,
-            dtype=config.model.dtype,
-            attention=config.model.attention,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        model = open_policy(path, config.model)
         evaluation = evaluate(model, task, config, config.eval.split, progress)
     console.print(table(None, evaluation.result))
     console.print(

@@ -74,12 +74,10 @@ def write_outputs(
 
 def write_merged(trainer: SidTrainer, task: Task, folder: Path) -> None:
     """The base model with the adapter folded in, as one Hugging Face folder."""
-    from rollout.hf_engine import load_policy
+    from rollout.hf_engine import open_policy
     from rollout.weights import merged_weights
 
-    plain = load_policy(
-        task.model_path, dtype=trainer.config.model.dtype, trust_remote_code=trainer.config.model.trust_remote_code
-    )
+    plain = open_policy(task.model_path, trainer.config.model)
     plain.load_state_dict(merged_weights(trainer.policy), strict=False)
     if folder.exists():
         shutil.rmtree(folder)

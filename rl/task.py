@@ -135,6 +135,11 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
         ValueError: when the model or its tokenizer does not fit the catalogue, or the catalogue the settings.
     """
     trust = config.model.trust_remote_code
+    if (model_path / "adapter_config.json").is_file() and not (model_path / "config.json").is_file():
+        raise ValueError(
+            f"model.path={model_path} is an adapter, not a whole model: --output.merged_model of the run that made it "
+            "writes one, also when it is resumed"
+        )
     try:
         model_config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)

@@ -61,7 +61,7 @@ def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     from rl.trl_trainer import SidTrainer
     from rl.warmup import warm_up
     from rollout.engine import engine_spec
-    from rollout.hf_engine import load_policy
+    from rollout.hf_engine import open_policy
     from rollout.ray_fleet import Fleet
 
     start, folder = time.perf_counter(), Path(config.output_dir or "")
@@ -74,12 +74,7 @@ def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     progress.say(f"rollout engine: {spec.kind} ({spec.why}), {config.rollout.num_engines} of them")
     fleet = Fleet(spec, task.decoder)
     try:
-        policy = load_policy(
-            path,
-            dtype=config.model.dtype,
-            attention=config.model.attention,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        policy = open_policy(path, config.model)
         checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume else None
         recorder = Recorder(folder, task, progress, rollouts_every=config.output.rollouts_every)
         recorder.start_at(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
@@ -94,7 +89,7 @@ def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
             else None
         )
         trainer = SidTrainer(policy, task, fleet, build_algorithm(config), config, recorder, folder / "checkpoints")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train_from(checkpoint)
         trainer.sync_weights()
         after = (
             evaluate(trainer.policy, task, config, config.eval.split, progress, "evaluate after")

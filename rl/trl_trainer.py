@@ -21,7 +21,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler, split_tensor_dict
+from trl.trainer.utils import split_tensor_dict
 
 from configs.schema import RunConfig
 from rewards.protocol import ScoredGroup
@@ -31,6 +31,7 @@ from rl.packing import pack_groups
 from rl.recorder import Recorder
 from rl.task import Task
 from rl.trl_arguments import adapter_config, grpo_arguments, peft_arguments
+from rl.trl_sampler import EpochSampler
 from rollout.ray_fleet import Adapter, Fleet
 from rollout.support import WHOLE_VOCABULARY, TorchTrie
 from rollout.types import RolloutGroup, Sample, Sampling
@@ -47,15 +48,6 @@ class EvaluateOnValid(TrainerCallback):
         """Called by TRL's loop after each optimizer step."""
         if state.global_step % self.every == 0:
             self.trainer.evaluate_on_valid()
-
-
-class EpochSampler(RepeatSampler):
-    """TRL's sampler with an order of its own for each pass over the rows, so that a resumed pass has the same one."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by transformers' loop before each pass."""
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + 1_000_003 * epoch)
 
 
 class SidTrainer(GRPOTrainer):
@@ -106,6 +98,19 @@ class SidTrainer(GRPOTrainer):
             self.add_callback(EvaluateOnValid(self, config.eval.every))
         if self.accelerator.num_processes > 1:
             raise ValueError("one trainer process only: ranks would each need their share of the fleet's groups")
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint on if there is one; a run that has all its steps is only loaded.
+
+        (transformers takes one more step from the last checkpoint of a finished run.)
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # The loop's stages ------------------------------------------------------------------------------------------------
 

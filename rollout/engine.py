@@ -49,14 +49,9 @@ class EngineSpec:
                 lora_rank=self.lora_rank,
                 trust_remote_code=self.model.trust_remote_code,
             )
-        from rollout.hf_engine import HFEngine, load_policy
+        from rollout.hf_engine import HFEngine, open_policy
 
-        policy = load_policy(
-            self.model_path,
-            dtype=self.model.dtype,
-            attention=self.model.attention,
-            trust_remote_code=self.model.trust_remote_code,
-        )
+        policy = open_policy(self.model_path, self.model)
         return HFEngine(policy, decoder, max_batch_prompts=self.rollout.max_batch_prompts)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from configs.schema import ModelConfig
 from rollout.decode import Decoder
 from rollout.search import beam, draw
 from rollout.support import TorchTrie
@@ -42,6 +43,13 @@ def load_policy(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.path={path}: no causal language model could be loaded from it: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def open_policy(path: str | os.PathLike[str], settings: ModelConfig) -> PreTrainedModel:
+    """`load_policy` by the settings of a run."""
+    return load_policy(
+        path, dtype=settings.dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
+    )
 
 
 class HFEngine:

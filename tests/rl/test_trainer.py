@@ -691,3 +691,17 @@ def test_seeds(make_run: MakeTrainer) -> None:
     assert first.fleet.seen == again.fleet.seen
     other.train()
     assert first.fleet.seen != other.fleet.seen
+
+
+def test_a_finished_run_is_only_loaded(make_run: MakeTrainer) -> None:
+    """Resuming what has all its steps takes no further one and has the weights it ended with."""
+    run = make_run({"rl.steps": 2})
+    lines = run.train()
+    checkpoint = newest_checkpoint(run.folder / "checkpoints")
+    again = make_run({"rl.steps": 2}, folder=run.folder, start_at=2)
+    again.trainer.train_from(checkpoint)
+    assert again.metrics() == lines
+    assert again.trainer.state.global_step == 2
+    assert all(torch.equal(tensor, trained(run)[name]) for name, tensor in trained(again).items())
+    again.trainer.sync_weights()
+    assert again.fleet.checksums[2] == checksum(merged_weights(run.trainer.policy))
