@@ -27,6 +27,8 @@ from rollout.types import Record
 from rollout.weights import checksum, merged_weights
 from tests.rl.conftest import MakePolicy, MakeTrainer, Run
 
+pytestmark = pytest.mark.slow  # about a second each, and there are many
+
 Tensors = dict[str, torch.Tensor]
 
 SGD = {
