@@ -12,7 +12,7 @@ from pathlib import Path
 
 def cache_root() -> Path:
     """`$SIDRL_CACHE`, or `~/.cache/sidrl`."""
-    return Path(os.environ.get("SIDRL_CACHE", "~/.cache/sidrl")).expanduser()
+    return Path(os.environ.get("SIDRL_CACHE") or "~/.cache/sidrl").expanduser()
 
 
 def make_once(name: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
