@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 console = Console(soft_wrap=True, highlight=False)
@@ -73,7 +73,7 @@ class Progress:
                 view.show(self.snapshot(view.seen))
 
 
-SHOWN = ("reward", "legal_rate", "loss", "eval_loss", "ndcg@10")
+SHOWN = ("reward", "legal_rate", "loss", "eval_loss")
 
 
 @dataclass
@@ -102,7 +102,8 @@ class View:
         self.seen += len(snapshot.messages)
         if not snapshot.phase:
             return
-        details = "  ".join(f"{key} {snapshot.fields[key]:.4g}" for key in SHOWN if key in snapshot.fields)
+        shown = [f"{key} {snapshot.fields[key]:.4g}" for key in SHOWN if key in snapshot.fields]
+        details = "  ".join(shown[:2])  # a line of 80 columns holds no more
         fresh = snapshot.phase != self._phase
         if console.is_terminal:
             if fresh:
@@ -119,9 +120,8 @@ class View:
 def _bars() -> Bars:
     return Bars(
         TextColumn("{task.description:<12}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[details]}"),
