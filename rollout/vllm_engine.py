@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,6 +174,8 @@ class VLLMEngine:
         """
         from safetensors.torch import save_file
 
+        if self._adapter:  # the last version is not asked for again
+            shutil.rmtree(self._adapter.lora_path)
         folder = Path(self._folder.name) / f"adapter-{version}"
         folder.mkdir(exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, folder / "adapter_model.safetensors")
