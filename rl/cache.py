@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def cache_root() -> Path:
@@ -37,6 +39,14 @@ def make_once(name: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target, True
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(data, indent=2) + "\n")
+    scratch.replace(path)
 
 
 def files_fingerprint(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from transformers import PreTrainedModel
 
 from configs.load import parse_run
 from configs.schema import RunConfig
+from rl.cache import write_json
 from rl.metrics import EvalResult, evaluate_lists
 from rl.progress import Progress, console, fail_clearly
 from rl.quiet import quiet_libraries
 from rl.task import Task, load_data, policy_folder, prepare_task
-from rollout.hf_engine import HFEngine, open_policy
+from rollout.hf_engine import HFEngine, batches_by_length, open_policy
 from rollout.search import beam
 from rollout.types import Sample, Sampling
 
@@ -89,14 +89,14 @@ def beam_lists(
 ) -> list[list[int]]:
     """The sid indices each sample's beam lists, best first; -1 would be a path outside the catalogue."""
     width = min(config.eval.beam_width, engine.decoder.trie.num_leaves)
-    order = sorted(range(len(samples)), key=lambda row: len(samples[row].prompt_ids))
     lists: list[list[int]] = [[] for _ in samples]
-    for start in range(0, len(order), config.eval.batch_prompts):
-        rows = order[start : start + config.eval.batch_prompts]
+    done = 0
+    for rows in batches_by_length(samples, config.eval.batch_prompts):
         leaves, _ = beam(engine.model, engine.trie, [samples[row].prompt_ids for row in rows], width)
         for row, sids in zip(rows, engine.decoder.trie.rows(leaves.reshape(-1)).reshape(leaves.shape), strict=True):
             lists[row] = sids.tolist()
-        progress.update(phase, min(start + len(rows), len(order)), len(order))
+        done += len(rows)
+        progress.update(phase, done, len(samples))
     return lists
 
 
@@ -122,7 +122,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{evaluation.legal_rate:.1%} with the trie, {evaluation.unconstrained_legal:.1%} without it"
     )
     if config.output_dir:
-        write_json(Path(config.output_dir) / f"evaluation_{config.eval.split}.json", report(evaluation, path))
+        target = Path(config.output_dir) / f"evaluation_{config.eval.split}.json"
+        write_json(target, report(evaluation, path))
+        console.print(f"wrote {target}", markup=False)
 
 
 def report(evaluation: Evaluation, model_path: Path) -> dict[str, Any]:
@@ -132,15 +134,6 @@ def report(evaluation: Evaluation, model_path: Path) -> dict[str, Any]:
         "values": evaluation.flat(),
         "intervals": {key: list(pair) for key, pair in evaluation.result.intervals.items()},
     }
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(data, indent=2) + "\n")
-    scratch.replace(path)
-    console.print(f"wrote {path}", markup=False)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rollout.support import additive_mask
+
 
 @dataclass(frozen=True)
 class PackedGroups:
@@ -70,7 +72,7 @@ def pack_groups(
     seen_MSS[:, prompt:, prompt:] = own_BB
     # A padded position sees itself, so that no row of the softmax is empty.
     seen_MSS |= torch.eye(size, dtype=torch.bool, device=device)
-    mask_MSS = torch.zeros(seen_MSS.shape, dtype=dtype, device=device).masked_fill(~seen_MSS, torch.finfo(dtype).min)
+    mask_MSS = additive_mask(seen_MSS, dtype)
 
     prompt_positions_MP = (prompt_mask_MP.long().cumsum(dim=1) - 1).clamp(min=0)
     positions_MS = torch.cat([prompt_positions_MP, prompt_mask_MP.sum(dim=1, keepdim=True) + step[None]], dim=1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import RunConfig
+from rl.cache import write_json
 from rl.progress import console
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ def write_outputs(
             summary[key] = evaluation.flat()
             summary[f"{key}_interval"] = {k: list(pair) for k, pair in evaluation.result.intervals.items()}
     draw_run(recorder.metrics, summary, folder / "report.png")
-    scratch = folder / "summary.tmp"
-    scratch.write_text(json.dumps(summary, indent=2) + "\n")
-    scratch.replace(folder / "summary.json")
+    write_json(folder / "summary.json", summary)
     return summary
 
 

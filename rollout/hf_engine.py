@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,13 @@ def open_policy(path: str | os.PathLike[str], settings: ModelConfig) -> PreTrain
     )
 
 
+def batches_by_length(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
+    """Indices of the samples in batches of prompts of similar length, so that little is padding."""
+    order = sorted(range(len(samples)), key=lambda index: len(samples[index].prompt_ids))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
 class HFEngine:
     """Generates groups with a model of transformers, which may be shared with a trainer."""
 
@@ -67,18 +74,15 @@ class HFEngine:
 
     def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
         """One group per sample, in order."""
-        groups: list[RolloutGroup | None] = [None] * len(samples)
-        # Prompts of similar length go together, so that little is padding.
-        order = sorted(range(len(samples)), key=lambda index: len(samples[index].prompt_ids))
+        groups: dict[int, RolloutGroup] = {}
         was_training = self.model.training
         self.model.eval()
-        for start in range(0, len(order), self.max_batch_prompts):
-            rows = order[start : start + self.max_batch_prompts]
+        for rows in batches_by_length(samples, self.max_batch_prompts):
             batch = [samples[row] for row in rows]
             for row, sample, (tokens_GL, logps_GL) in zip(rows, batch, self._batch(batch, sampling), strict=True):
                 groups[row] = self.decoder.group(sample, tokens_GL, logps_GL, sampling.constrained, self.policy_version)
         self.model.train(was_training)
-        return [group for group in groups if group is not None]
+        return [groups[row] for row in range(len(samples))]
 
     def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> str:
         """Copy full weights in; the checksum is that of the model's own tensors afterwards.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rollout.support import TorchTrie
+from rollout.support import TorchTrie, additive_mask
 from rollout.types import Sample, Sampling
 
 
@@ -58,8 +58,7 @@ class TreeDecoder:
         itself = torch.eye(width, dtype=torch.bool, device=tokens_BW.device).expand(batch, -1, -1)
         self.ancestors_BWS = torch.cat([inherited, itself], dim=2)
         seen = torch.cat([self.prompt_mask_BP[:, None].expand(-1, width, -1), self.ancestors_BWS], dim=2)
-        dtype = self.model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        mask = additive_mask(seen, self.model.dtype)
         positions = (self.lengths_B[:, None] + self.depth).expand(-1, width)
         self.depth += 1
         return self._forward(tokens_BW, mask[:, None], positions, keep=0)

@@ -15,6 +15,11 @@ from rollout.trie import SidTrie
 WHOLE_VOCABULARY = -1
 
 
+def additive_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An attention mask to add to the scores: 0 where `seen`, the type's lowest number elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 class TorchTrie:
     """A SidTrie on a device, for batched gathers of children."""
 
