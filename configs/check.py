@@ -91,6 +91,7 @@ RANGES: dict[str, Range] = {
     "rl.learning_rate": POSITIVE,
     "rl.lr_warmup_steps": NOT_NEGATIVE,
     "rl.kl_coef": NOT_NEGATIVE,
+    "rl.sft_coef": NOT_NEGATIVE,
     "rl.clip_low": SHARE_BELOW_1,
     "rl.clip_high": NOT_NEGATIVE,
     "rl.max_grad_norm": NOT_NEGATIVE,

@@ -149,6 +149,8 @@ class RLConfig:
         scale_rewards: Divide advantages by the standard deviation of the group, of the batch, or not at all.
         refill_rounds: Groups whose rollouts all earn the same teach nothing: replace them by fresh prompts, so many
             times at most (DAPO's dynamic sampling); 0 keeps them.
+        sft_coef: Weight of the targets' negative log-likelihood, added to the loss: each prompt's target rides along as
+            one more branch of its packed group. Holds the list together while the reward sharpens its top.
         support: Distribution of policy and reference at SID positions: trie (what is sampled and deployed) or full
             (the whole vocabulary, as peers do; biased, for comparison).
         packing: Compute a group's prompt once, its completions beside each other under a tree attention mask; false
@@ -168,6 +170,7 @@ class RLConfig:
     clip_high: float = 0.2
     scale_rewards: Literal["group", "batch", "none"] = "group"
     refill_rounds: int = 0
+    sft_coef: float = 0.0
     support: Literal["trie", "full"] = "trie"
     packing: bool = True
     max_grad_norm: float = 1.0

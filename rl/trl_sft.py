@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset
 from transformers import (
     EarlyStoppingCallback,
@@ -28,12 +27,10 @@ IGNORED = -100
 
 def next_item_rows(samples: list[Sample], decoder: Decoder) -> Dataset:
     """One row per target: the prompt without loss, then the target's SID tokens with loss."""
-    leaf_of_sid = np.empty(decoder.trie.num_leaves, dtype=np.int64)
-    leaf_of_sid[decoder.trie.row_of_leaf] = np.arange(decoder.trie.num_leaves)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for sample in samples:
         for sid in sorted({int(decoder.catalog.sid_index_N[item]) for item in sample.targets}):
-            path = decoder.paths[leaf_of_sid[sid]].tolist()
+            path = decoder.path_of_sid[sid].tolist()
             rows["input_ids"].append([*sample.prompt_ids, *path])
             rows["labels"].append([IGNORED] * len(sample.prompt_ids) + path)
     return Dataset.from_dict(rows)

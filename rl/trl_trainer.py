@@ -21,21 +21,23 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl import GRPOTrainer
-from trl.trainer.utils import split_tensor_dict
 
 from configs.schema import RunConfig
 from rewards.protocol import ScoredGroup
 from rl.algorithms import Algorithm, without_signal
+from rl.batch import Batch, make_batch, slices_of, with_targets
 from rl.evaluate import evaluate
-from rl.packing import pack_groups
 from rl.recorder import Recorder
+from rl.scoring import TokenScores, score_tokens, support_nodes
 from rl.task import Task
 from rl.trl_arguments import adapter_config, grpo_arguments, peft_arguments
 from rl.trl_sampler import EpochSampler
 from rollout.ray_fleet import Adapter, Fleet
-from rollout.support import WHOLE_VOCABULARY, TorchTrie
+from rollout.support import TorchTrie
 from rollout.types import RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, merged_weights
+
+SCORED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "nodes")
 
 
 class EvaluateOnValid(TrainerCallback):
@@ -78,8 +80,7 @@ class SidTrainer(GRPOTrainer):
         self.trie = TorchTrie(task.decoder.trie, model.device)
         self._seconds: dict[str, float] = defaultdict(float)
         self._ratio_errors: list[float] = []
-        self._slices: list[dict[str, torch.Tensor]] = []  # this batch of rollouts, a slice per micro-batch
-        self._logps: torch.Tensor | None = None
+        self._slices: list[Batch] = []  # this batch of rollouts, a slice per micro-batch
         super().__init__(
             model=model,
             reward_funcs=[_scored_in_groups],
@@ -114,15 +115,17 @@ class SidTrainer(GRPOTrainer):
 
     # The loop's stages ------------------------------------------------------------------------------------------------
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         samples = self.samples_of(inputs)
         self.sync_weights()
         scored = self.score(self.generate(samples))
         scored = self.refill(scored)
         self.note_scores(scored)
-        advantages_PG = self.algorithm.advantages(rewards_of(scored))
-        self.recorder.rollouts(self.state.global_step + 1, scored, advantages_PG)
-        return self.pack([group.group for group in scored], advantages_PG)
+        batch = self.pack([group.group for group in scored])
+        batch["advantages"] = self.advantages(scored, batch)
+        each_PG = batch["advantages"].view(len(samples), self.num_generations, -1).mean(dim=2)  # over its tokens
+        self.recorder.rollouts(self.state.global_step + 1, scored, each_PG.cpu().numpy())
+        return batch
 
     def samples_of(self, rows: list[dict[str, Any]]) -> list[Sample]:
         """TRL repeats each row G times in a run; one sample is taken for each run."""
@@ -194,106 +197,57 @@ class SidTrainer(GRPOTrainer):
         self.note("reward_std", float(rewards_PG.std(axis=1).mean()))
         self.note("zero_signal_groups", float(without_signal(rewards_PG).mean()))
 
-    def pack(self, groups: list[RolloutGroup], advantages_PG: np.ndarray) -> dict[str, torch.Tensor]:
+    def pack(self, groups: list[RolloutGroup]) -> Batch:
         """Tensors of the loss, groups whole and in order."""
-        device = self.accelerator.device
-        prompts = [group.sample.prompt_ids for group in groups for _ in group.rollouts]
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        batch = {
-            "prompt_ids": _pad(prompts, self._tokenizer.pad_token_id, left=True),
-            "prompt_mask": _pad([[1] * len(prompt) for prompt in prompts], 0, left=True),
-            "completion_ids": _pad([r.token_ids for r in rollouts], self._tokenizer.pad_token_id),
-            "completion_mask": _pad([[1] * len(r.token_ids) for r in rollouts], 0),
-            "sampler_logps": _pad([r.logps_sampler for r in rollouts], 0.0),
-            "advantages": torch.from_numpy(advantages_PG.reshape(-1)).float(),
-        }
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = make_batch(groups, self.trie, self._tokenizer.pad_token_id, on_trie=self.config.rl.support == "trie")
         if self.algorithm.importance:  # without them TRL takes the policy's own: a ratio of 1, the plain gradient
             batch["old_per_token_logps"] = batch["sampler_logps"]
-        batch["num_items_in_batch"] = batch["completion_mask"].sum()
+        if self.config.rl.sft_coef:
+            batch |= self.targets([group.sample for group in groups], batch["completion_ids"].shape[1])
         if self.beta != 0.0:
             with self.phase("reference"):
                 batch["ref_per_token_logps"] = self.reference_logps(batch)
         return batch
 
+    def advantages(self, scored: list[ScoredGroup], batch: Batch) -> torch.Tensor:
+        """Advantages of the rollouts, [B] or per token [B, T]."""
+        advantages_PG = self.algorithm.advantages(rewards_of(scored))
+        return torch.from_numpy(advantages_PG.reshape(-1)).float().to(self.accelerator.device)
+
+    def targets(self, samples: list[Sample], length: int) -> Batch:
+        """One target a group as a row of the loss [M, T]: where there are several, drawn by their gains."""
+        rng = np.random.default_rng([self.config.seed, self.state.global_step])
+        items = [rng.choice(s.targets, p=np.array(s.gains) / sum(s.gains)) for s in samples]
+        paths_ML = torch.from_numpy(self.task.decoder.path_of_sid[self.task.decoder.catalog.sid_index_N[items]])
+        blank = (0, length - paths_ML.shape[1])
+        written_MT = torch.nn.functional.pad(torch.ones_like(paths_ML), blank).to(self.accelerator.device)
+        ids_MT = torch.nn.functional.pad(paths_ML, blank).to(self.accelerator.device)
+        on_trie_MT = written_MT.bool() if self.config.rl.support == "trie" else torch.zeros_like(written_MT).bool()
+        nodes_MT = support_nodes(self.trie, ids_MT, on_trie_MT)
+        return {"target_ids": ids_MT, "target_mask": written_MT, "target_nodes": nodes_MT}
+
     @torch.no_grad()
-    def reference_logps(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def reference_logps(self, batch: Batch) -> torch.Tensor:
         """Log-probabilities [B, T] of the frozen reference: the base under an adapter, or TRL's own copy."""
         model = self.ref_model if self.ref_model is not None else self.model
         without_adapter = nullcontext() if self.ref_model is not None else self.policy.disable_adapter()
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        was_training = model.training
-        model.eval()
-        with without_adapter:
-            logps, _, _ = self._get_per_token_logps_and_entropies(
-                model, ids, mask, batch["completion_ids"].shape[1], batch_size=self.args.per_device_train_batch_size
-            )
-        model.train(was_training)
-        return logps
+        rows = {name: batch[name] for name in SCORED}
+        with without_adapter, evaluating(model):
+            parts = [self.token_scores(model, part) for part in slices_of(rows, self.args.steps_per_generation)]
+        return torch.cat([part.logps_BT for part in parts])
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: torch.nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Log-probabilities and entropies [B, T] of the completion on the support that `rl.support` names."""
-        parts = [
-            self._token_logps(model, ids, mask, logits_to_keep)
-            for ids, mask in zip(
-                input_ids.split(batch_size or len(input_ids)),
-                attention_mask.split(batch_size or len(input_ids)),
-                strict=True,
-            )
-        ]
-        logps_BT = torch.cat([logps for logps, _ in parts])
-        self._logps = logps_BT.detach()
-        return logps_BT, torch.cat([entropies for _, entropies in parts]), None
-
-    def _token_logps(
-        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_BTV = self._completion_logits(model, input_ids, attention_mask, length) / self.temperature
-        tokens_BT = input_ids[:, -length:]
-        if self.config.rl.support == "trie":
-            nodes = self.task.decoder.trie.walk(tokens_BT.cpu().numpy())[:, :-1]
-            nodes_BT = torch.from_numpy(nodes).to(input_ids.device)
-        else:
-            nodes_BT = torch.full_like(tokens_BT, WHOLE_VOCABULARY)
-        written = attention_mask[:, -length:].bool()
-        logps, entropies = self.trie.token_logps(logits_BTV[written], nodes_BT[written], tokens_BT[written])
-        blank = torch.zeros(tokens_BT.shape, device=logps.device)
-        return blank.masked_scatter(written, logps), blank.masked_scatter(written, entropies)
-
-    def _completion_logits(
-        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int
-    ) -> torch.Tensor:
-        """Logits [B, T, V] that predict each completion token; a group's prompt is computed once if `rl.packing`."""
-        if not self.config.rl.packing:
-            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-            with self.accelerator.autocast():
-                output = model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=positions,
-                    use_cache=False,
-                    logits_to_keep=length + 1,
-                )
-            return output.logits[:, :-1]
-        packed = pack_groups(input_ids, attention_mask, length, self.num_generations, self.policy.dtype)
+    def token_scores(self, model: torch.nn.Module, batch: Batch, group: int | None = None) -> TokenScores:
+        """Log-probabilities and entropies of the completions on the support that `rl.support` names."""
         with self.accelerator.autocast():
-            output = model(
-                input_ids=packed.ids_MS,
-                attention_mask=packed.mask_M1SS,
-                position_ids=packed.positions_MS,
-                use_cache=False,
-                logits_to_keep=packed.keep,
+            return score_tokens(
+                model,
+                self.trie,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["nodes"],
+                group=(group or self.num_generations) if self.config.rl.packing else None,
+                temperature=self.temperature,
             )
-        return output.logits[:, packed.place_GT].flatten(0, 1)
 
     # TRL's hooks ------------------------------------------------------------------------------------------------------
 
@@ -307,25 +261,58 @@ class SidTrainer(GRPOTrainer):
             seed=self.args.seed,
         )
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Batch:
         """Slices of the buffered rollouts. TRL shuffles completions across groups here; ours stay whole, in order."""
         every = self.args.steps_per_generation * self.num_iterations
         if self._step % every == 0 or not self._slices:
             batch = self._generate_and_score_completions(generation_batch)
-            self._slices = split_tensor_dict(batch, self.args.steps_per_generation)
+            self._slices = slices_of(batch, self.args.steps_per_generation)
         return self._slices[self._step % self.args.steps_per_generation]
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _compute_loss(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
         with self.phase("update"):
-            loss = super()._compute_loss(model, inputs)
+            self._scores, target_logps_MT = self._forward(model, inputs)
+            loss = super()._compute_loss(model, inputs)  # which asks for the scores below
+            further = self.further_loss(inputs, self._scores, target_logps_MT)
+            if further is not None:
+                loss = loss + further / self.current_gradient_accumulation_steps
             if (
                 self._step % (self.args.steps_per_generation * self.num_iterations)
                 < self.args.gradient_accumulation_steps
             ):
                 # No update since these rollouts were drawn: policy and sampler should be one distribution.
-                gap = (self._logps - inputs["sampler_logps"]) * inputs["completion_mask"]
+                gap = (self._scores.logps_BT.detach() - inputs["sampler_logps"]) * inputs["completion_mask"]
                 self._ratio_errors.append(float(gap.exp().sub(1).abs().max()))
         return loss
+
+    def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """TRL's loss scores its rows here; `_compute_loss` has done so already, packed and under the trie."""
+        return self._scores.logps_BT, self._scores.entropies_BT, None
+
+    def _forward(self, model: torch.nn.Module, inputs: Batch) -> tuple[TokenScores, torch.Tensor | None]:
+        """Scores of the rollouts, and the targets' log-probabilities [M, T] if the batch brings targets."""
+        if "target_ids" not in inputs:
+            return self.token_scores(model, inputs), None
+        group = self.num_generations
+        both = self.token_scores(model, with_targets(inputs, group), group + 1)
+
+        def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            by_group = values.view(-1, group + 1, *values.shape[1:])
+            return by_group[:, :-1].flatten(0, 1), by_group[:, -1]
+
+        logps_BT, target_logps_MT = split(both.logps_BT)
+        scores = TokenScores(logps_BT, split(both.entropies_BT)[0], split(both.hidden_BTD)[0])
+        return scores, target_logps_MT
+
+    def further_loss(
+        self, inputs: Batch, scores: TokenScores, target_logps_MT: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What is added to the algorithm's loss of a micro-batch: `rl.sft_coef` times the targets' mean NLL."""
+        if target_logps_MT is None:
+            return None
+        nll = -target_logps_MT.sum(dim=1).mean()
+        self.note("target_nll", float(nll.detach()))
+        return self.config.rl.sft_coef * nll
 
     def evaluate_on_valid(self) -> None:
         """Beam search on the valid rows; its metrics stand in this step's line as `valid/...`."""
@@ -379,6 +366,15 @@ class SidTrainer(GRPOTrainer):
             self._seconds[name] += time.perf_counter() - start
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in eval mode for a block."""
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)
+
+
 def _scored_in_groups(**_: Any) -> list[float]:
     """TRL wants a reward function; ours see whole groups, in `SidTrainer.score`, so this one is never called."""
     raise RuntimeError("rewards are scored in SidTrainer.score")
@@ -387,13 +383,3 @@ def _scored_in_groups(**_: Any) -> list[float]:
 def rewards_of(scored: list[ScoredGroup]) -> np.ndarray:
     """Total rewards [P, G]."""
     return np.array([group.total for group in scored])
-
-
-def _pad(rows: list[Any], value: float, left: bool = False) -> torch.Tensor:
-    longest = max(len(row) for row in rows)
-    return torch.tensor(
-        [
-            [value] * (longest - len(row)) + list(row) if left else list(row) + [value] * (longest - len(row))
-            for row in rows
-        ]
-    )

@@ -30,6 +30,13 @@ class Decoder:
         """Token ids of every leaf in order, int64 [leaves, L]."""
         return self.trie.paths()
 
+    @cached_property
+    def path_of_sid(self) -> np.ndarray:
+        """Token ids of every Sid of the catalogue, int64 [S, L]."""
+        by_sid = np.empty_like(self.paths)
+        by_sid[self.trie.row_of_leaf] = self.paths
+        return by_sid
+
     def group(
         self, sample: Sample, tokens_GL: np.ndarray, logps_GL: np.ndarray, constrained: bool, policy_version: int
     ) -> RolloutGroup:

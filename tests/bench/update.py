@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import gc
 import json
 import statistics
@@ -33,6 +32,7 @@ from rewards.runner import RewardSet
 from rl.algorithms import build_algorithm
 from rl.progress import Progress
 from rl.recorder import Recorder
+from rl.scoring import support_nodes
 from rl.task import Task
 from rl.tiny import build_tokenizer
 from rl.trl_trainer import SidTrainer
@@ -40,6 +40,7 @@ from rollout.catalog import Catalog
 from rollout.data.prompts import sid_vocab
 from rollout.decode import Decoder
 from rollout.sid import letters_format
+from rollout.support import WHOLE_VOCABULARY, TorchTrie
 from rollout.types import Record, Sample
 
 
@@ -116,6 +117,7 @@ class Bench:
             "ours": self._ours(options, catalog, decoder, samples, tokenizer),
             "trl": self._trl(options, tokenizer),
         }
+        self.trie = TorchTrie(decoder.trie)
         paths = decoder.paths[rng.integers(0, decoder.trie.num_leaves, (options.groups, options.group))]
         self.batch = self._batch(samples, paths)
 
@@ -144,8 +146,8 @@ class Bench:
 
     def gradient_difference(self) -> float:
         """Relative difference of the gradients on the whole vocabulary."""
-        ours: Any = self.trainers["ours"]
-        trie, ours.config = ours.config, dataclasses.replace(ours.config, rl=RLConfig(support="full"))
+        trie = self.batch["nodes"]
+        self.batch["nodes"] = torch.full_like(trie, WHOLE_VOCABULARY)
         gradients = []
         for side in ("ours", "trl"):
             self.model.zero_grad(set_to_none=True)
@@ -153,7 +155,7 @@ class Bench:
             gradients.append(
                 torch.cat([p.grad.flatten().double() for p in self.model.parameters() if p.grad is not None])
             )
-        ours.config = trie
+        self.batch["nodes"] = trie
         return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
 
     def _loss(self, side: str) -> torch.Tensor:
@@ -215,6 +217,7 @@ class Bench:
             "advantages": torch.randn(len(prompts)).to(device),
             "old_per_token_logps": sampler_logps,
             "sampler_logps": sampler_logps,
+            "nodes": support_nodes(self.trie, completions, torch.ones_like(completions).bool()),
             "num_items_in_batch": torch.tensor(completions.numel()).to(device),
         }
 

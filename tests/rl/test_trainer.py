@@ -159,10 +159,8 @@ def test_full_support_differs_by_the_legal_mass(make_run: MakeTrainer, packing: 
     """log policy - log sampler = sum of log Z_t, Z_t the probability of all legal tokens at position t."""
     run = make_run({"rl.support": "full", "rollout.temperature": 0.9, "rl.packing": packing})
     batch = run.batch()
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     with torch.no_grad():
-        logps, _, _ = run.trainer._get_per_token_logps_and_entropies(run.trainer.model, ids, mask, 3)
+        logps = run.trainer.token_scores(run.trainer.model, batch).logps_BT
         found = (logps - batch["old_per_token_logps"]).sum(dim=1)
         expected = []
         for group in run.fleet.seen[0]:
