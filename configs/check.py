@@ -91,6 +91,8 @@ RANGES: dict[str, Range] = {
     "rl.learning_rate": POSITIVE,
     "rl.lr_warmup_steps": NOT_NEGATIVE,
     "rl.kl_coef": NOT_NEGATIVE,
+    "rl.sync_ref_every": NOT_NEGATIVE,
+    "rl.sync_ref_mixup": Range(0, 1, low_open=True),
     "rl.sft_coef": NOT_NEGATIVE,
     "rl.clip_low": SHARE_BELOW_1,
     "rl.clip_high": NOT_NEGATIVE,
@@ -229,6 +231,8 @@ def _policy_update(config: RunConfig) -> Iterator[str]:
                 f"{key}={_value(config, key)} must be a multiple of rl.epochs_per_batch={passes}: "
                 "a checkpoint keeps no rollouts"
             )
+    if config.rl.sync_ref_every and not config.rl.kl_coef:
+        yield f"rl.sync_ref_every={config.rl.sync_ref_every} needs rl.kl_coef > 0: without it there is no reference"
     schedule = config.rl.lr_schedule
     if schedule in METRIC_SCHEDULES:
         yield f"rl.lr_schedule={schedule!r} follows a metric that RL does not have; take one of {', '.join(SCHEDULES)}"

@@ -149,6 +149,9 @@ class RLConfig:
         scale_rewards: Divide advantages by the standard deviation of the group, of the batch, or not at all.
         refill_rounds: Groups whose rollouts all earn the same teach nothing: replace them by fresh prompts, so many
             times at most (DAPO's dynamic sampling); 0 keeps them.
+        sync_ref_every: The reference follows the policy every so many steps; 0 keeps it as the policy was at the start.
+        sync_ref_mixup: Share of the policy when the reference follows.
+        inject_targets: Where no rollout of a group is a target, put one in place of the last rollout.
         sft_coef: Weight of the targets' negative log-likelihood, added to the loss: each prompt's target rides along as
             one more branch of its packed group. Holds the list together while the reward sharpens its top.
         support: Distribution of policy and reference at SID positions: trie (what is sampled and deployed) or full
@@ -170,6 +173,9 @@ class RLConfig:
     clip_high: float = 0.2
     scale_rewards: Literal["group", "batch", "none"] = "group"
     refill_rounds: int = 0
+    sync_ref_every: int = 0
+    sync_ref_mixup: float = 0.6
+    inject_targets: bool = False
     sft_coef: float = 0.0
     support: Literal["trie", "full"] = "trie"
     packing: bool = True

@@ -1,52 +1,122 @@
-"""Groups of rollouts as the tensors of the loss: rows of a group stay together and in order.
+"""Groups of rollouts as the tensors of the loss, and what a model says of them.
 
-Axes: M groups, G rollouts of a group, B = M·G rows, P prompt positions, T completion tokens.
+Rows of a group stay together and in order.
+
+Axes: M groups, G rollouts of a group, B = M·G rows, P prompt positions, T completion tokens, L levels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from rl.scoring import support_nodes
-from rollout.support import WHOLE_VOCABULARY, TorchTrie
+from configs.schema import RunConfig
+from rl.scoring import TokenScores, score_tokens, support_nodes
+from rl.task import Task
+from rollout.support import TorchTrie
 from rollout.types import RolloutGroup
 
 Batch = dict[str, torch.Tensor]
+"""Tensors by name, cut along their rows into micro-batches."""
+
+SCORED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "nodes")
+"""What scoring reads of a batch."""
 
 
-def make_batch(groups: Sequence[RolloutGroup], trie: TorchTrie, pad: int, *, on_trie: bool) -> Batch:
-    """Tensors of whole groups of equal size.
+class BatchScorer:
+    """Makes batches of groups and scores them on the support that `rl.support` names.
 
     Args:
-        groups: what was drawn.
-        trie: the trie they were drawn under.
-        pad: token that fills up short rows.
-        on_trie: False scores every token on the whole vocabulary, whatever it was drawn from.
-
-    Returns:
-        `prompt_ids` and `prompt_mask` [B, P] (left padded), `completion_ids` and `completion_mask` [B, T],
-        `sampler_logps` [B, T], `nodes` [B, T] (see `support_nodes`) and `num_items_in_batch`, TRL's count of tokens.
+        task: trie, catalogue and tokenizer.
+        config: the run's settings.
+        trie: the task's trie on the device of the policy.
+        autocast: the precision context of the trainer.
     """
-    device = trie.token_of.device
-    prompts = [group.sample.prompt_ids for group in groups for _ in group.rollouts]
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    batch = {
-        "prompt_ids": pad_rows(prompts, pad, left=True),
-        "prompt_mask": pad_rows([[1] * len(prompt) for prompt in prompts], 0, left=True),
-        "completion_ids": pad_rows([rollout.token_ids for rollout in rollouts], pad),
-        "completion_mask": pad_rows([[1] * len(rollout.token_ids) for rollout in rollouts], 0),
-        "sampler_logps": pad_rows([rollout.logps_sampler for rollout in rollouts], 0.0),
-    }
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    drawn_BT = pad_rows([rollout.on_trie for rollout in rollouts], False).to(device)
-    if on_trie:
-        batch["nodes"] = support_nodes(trie, batch["completion_ids"], drawn_BT)
-    else:
-        batch["nodes"] = torch.full_like(batch["completion_ids"], WHOLE_VOCABULARY)
-    batch["num_items_in_batch"] = batch["completion_mask"].sum()
-    return batch
+
+    def __init__(
+        self, task: Task, config: RunConfig, trie: TorchTrie, autocast: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.task, self.config, self.trie, self.autocast = task, config, trie, autocast
+        self.device, self.group = trie.token_of.device, config.rollout.group_size
+
+    def batch(self, groups: Sequence[RolloutGroup]) -> Batch:
+        """Tensors of whole groups of equal size.
+
+        Returns:
+            `prompt_ids` and `prompt_mask` [B, P] (left padded), `completion_ids` and `completion_mask` [B, T],
+            `sampler_logps` [B, T], `nodes` [B, T] (see `support_nodes`) and `num_items_in_batch`, TRL's count of
+            tokens.
+        """
+        prompts = [group.sample.prompt_ids for group in groups for _ in group.rollouts]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        pad = self.task.tokenizer.pad_token_id
+        rows = {
+            "prompt_ids": pad_rows(prompts, pad, left=True),
+            "prompt_mask": pad_rows([[1] * len(prompt) for prompt in prompts], 0, left=True),
+            "completion_ids": pad_rows([rollout.token_ids for rollout in rollouts], pad),
+            "completion_mask": pad_rows([[1] * len(rollout.token_ids) for rollout in rollouts], 0),
+            "sampler_logps": pad_rows([rollout.logps_sampler for rollout in rollouts], 0.0),
+        }
+        batch = {name: tensor.to(self.device) for name, tensor in rows.items()}
+        on_trie_BT = pad_rows([rollout.on_trie for rollout in rollouts], False).to(self.device)
+        batch["nodes"] = self._nodes(batch["completion_ids"], on_trie_BT)
+        batch["num_items_in_batch"] = batch["completion_mask"].sum()
+        return batch
+
+    def targets(self, items: Sequence[int], length: int) -> Batch:
+        """One target item a group as a row of the loss [M, T]."""
+        decoder = self.task.decoder
+        paths_ML = torch.from_numpy(decoder.path_of_sid[decoder.catalog.sid_index_N[list(items)]])
+        written_MT, ids_MT = (
+            torch.nn.functional.pad(rows, (0, length - paths_ML.shape[1])).to(self.device)
+            for rows in (torch.ones_like(paths_ML), paths_ML)
+        )
+        nodes_MT = self._nodes(ids_MT, written_MT.bool())
+        return {"target_ids": ids_MT, "target_mask": written_MT, "target_nodes": nodes_MT}
+
+    def scores(self, model: torch.nn.Module, batch: Batch, group: int | None = None) -> TokenScores:
+        """Log-probabilities and entropies of the completions; groups of `group` rows, by default G."""
+        with self.autocast():
+            return score_tokens(
+                model,
+                self.trie,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["nodes"],
+                group=(group or self.group) if self.config.rl.packing else None,
+                temperature=self.config.rollout.temperature,
+            )
+
+    def scores_and_targets(self, model: torch.nn.Module, batch: Batch) -> tuple[TokenScores, torch.Tensor | None]:
+        """Scores of the rollouts, and log-probabilities [M, T] of the targets if the batch brings some.
+
+        A target is one more branch of its group: it costs its own tokens, and its prompt nothing.
+        """
+        if "target_ids" not in batch:
+            return self.scores(model, batch), None
+        both = self.scores(model, _with_targets(batch, self.group), self.group + 1)
+
+        def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            by_group = values.view(-1, self.group + 1, *values.shape[1:])
+            return by_group[:, :-1].flatten(0, 1), by_group[:, -1]
+
+        logps_BT, target_logps_MT = split(both.logps_BT)
+        return TokenScores(logps_BT, split(both.entropies_BT)[0], split(both.hidden_BTD)[0]), target_logps_MT
+
+    @torch.no_grad()
+    def logps(self, model: torch.nn.Module, batch: Batch, group: int | None = None) -> torch.Tensor:
+        """Log-probabilities [B, T] without gradients and without dropout, a micro-batch at a time."""
+        size = self.config.rl.micro_batch_groups * (group or self.group)
+        rows = [
+            dict(zip(SCORED, part, strict=True)) for part in zip(*(batch[n].split(size) for n in SCORED), strict=True)
+        ]
+        with evaluating(model):
+            return torch.cat([self.scores(model, part, group).logps_BT for part in rows])
+
+    def _nodes(self, tokens_BT: torch.Tensor, on_trie_BT: torch.Tensor) -> torch.Tensor:
+        return support_nodes(self.trie, tokens_BT, on_trie_BT & (self.config.rl.support == "trie"))
 
 
 def slices_of(batch: Batch, count: int) -> list[Batch]:
@@ -55,7 +125,7 @@ def slices_of(batch: Batch, count: int) -> list[Batch]:
     return [{name: parts[index] for name, parts in cut.items()} for index in range(count)]
 
 
-def with_targets(batch: Batch, group: int) -> Batch:
+def _with_targets(batch: Batch, group: int) -> Batch:
     """The rows to score when a batch brings `target_ids` [M, T]: each group's target as one more row at its end."""
 
     def joined(rows: torch.Tensor, last_M: torch.Tensor) -> torch.Tensor:
@@ -79,3 +149,14 @@ def pad_rows(rows: Sequence[Sequence[float]], value: float, left: bool = False) 
             for row in rows
         ]
     )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in eval mode for a block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from trl import GRPOTrainer
 from configs.schema import RunConfig
 from rewards.protocol import ScoredGroup
 from rl.algorithms import Algorithm, without_signal
-from rl.batch import Batch, make_batch, slices_of, with_targets
+from rl.batch import Batch, BatchScorer, slices_of
 from rl.evaluate import evaluate
+from rl.injection import draw_targets, inject_targets
 from rl.recorder import Recorder
-from rl.scoring import TokenScores, score_tokens, support_nodes
+from rl.reference import Reference
+from rl.scoring import TokenScores
 from rl.task import Task
 from rl.trl_arguments import adapter_config, grpo_arguments, peft_arguments
 from rl.trl_sampler import EpochSampler
@@ -37,19 +39,16 @@ from rollout.support import TorchTrie
 from rollout.types import RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, merged_weights
 
-SCORED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "nodes")
 
+class AfterStep(TrainerCallback):
+    """Calls the trainer after each optimizer step, before the step's metrics are written."""
 
-class EvaluateOnValid(TrainerCallback):
-    """Evaluates every so many steps, before the step's metrics are written."""
-
-    def __init__(self, trainer: SidTrainer, every: int) -> None:
-        self.trainer, self.every = trainer, every
+    def __init__(self, trainer: SidTrainer) -> None:
+        self.trainer = trainer
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Called by TRL's loop after each optimizer step."""
-        if state.global_step % self.every == 0:
-            self.trainer.evaluate_on_valid()
+        """Called by TRL's loop."""
+        self.trainer.after_step(state.global_step)
 
 
 class SidTrainer(GRPOTrainer):
@@ -77,7 +76,6 @@ class SidTrainer(GRPOTrainer):
     ) -> None:
         self.task, self.fleet, self.algorithm, self.config, self.recorder = task, fleet, algorithm, config, recorder
         self.samples = task.samples["train"]
-        self.trie = TorchTrie(task.decoder.trie, model.device)
         self._seconds: dict[str, float] = defaultdict(float)
         self._ratio_errors: list[float] = []
         self._slices: list[Batch] = []  # this batch of rollouts, a slice per micro-batch
@@ -95,8 +93,10 @@ class SidTrainer(GRPOTrainer):
             processing_class=task.tokenizer,
             peft_config=peft_arguments(config),
         )
-        if config.eval.every:
-            self.add_callback(EvaluateOnValid(self, config.eval.every))
+        trie = TorchTrie(task.decoder.trie, self.accelerator.device)
+        self.scorer = BatchScorer(task, config, trie, self.accelerator.autocast)
+        self.add_callback(AfterStep(self))
+        self.reference = self._reference() if self.beta != 0.0 else None
         if self.accelerator.num_processes > 1:
             raise ValueError("one trainer process only: ranks would each need their share of the fleet's groups")
 
@@ -118,7 +118,7 @@ class SidTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         samples = self.samples_of(inputs)
         self.sync_weights()
-        scored = self.score(self.generate(samples))
+        scored = self.score(self.inject(self.generate(samples)))
         scored = self.refill(scored)
         self.note_scores(scored)
         batch = self.pack([group.group for group in scored])
@@ -161,6 +161,15 @@ class SidTrainer(GRPOTrainer):
         self.note("policy_version", float(groups[0].policy_version))
         return groups
 
+    def inject(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        """Put a target into each group that found none, if `rl.inject_targets` says so."""
+        if not self.config.rl.inject_targets:
+            return groups
+        with self.phase("inject"):
+            groups, injected = inject_targets(groups, self.drawn_targets(groups), self.task.decoder, self.policy_logps)
+        self.note("injected_targets", float(injected))
+        return groups
+
     def score(self, groups: list[RolloutGroup]) -> list[ScoredGroup]:
         """Rewards of whole groups."""
         with self.phase("reward"):
@@ -199,14 +208,13 @@ class SidTrainer(GRPOTrainer):
 
     def pack(self, groups: list[RolloutGroup]) -> Batch:
         """Tensors of the loss, groups whole and in order."""
-        batch = make_batch(groups, self.trie, self._tokenizer.pad_token_id, on_trie=self.config.rl.support == "trie")
+        batch = self.scorer.batch(groups)
         if self.algorithm.importance:  # without them TRL takes the policy's own: a ratio of 1, the plain gradient
             batch["old_per_token_logps"] = batch["sampler_logps"]
         if self.config.rl.sft_coef:
-            batch |= self.targets([group.sample for group in groups], batch["completion_ids"].shape[1])
+            batch |= self.scorer.targets(self.drawn_targets(groups), batch["completion_ids"].shape[1])
         if self.beta != 0.0:
-            with self.phase("reference"):
-                batch["ref_per_token_logps"] = self.reference_logps(batch)
+            batch["ref_per_token_logps"] = self.reference_logps(batch)
         return batch
 
     def advantages(self, scored: list[ScoredGroup], batch: Batch) -> torch.Tensor:
@@ -214,40 +222,19 @@ class SidTrainer(GRPOTrainer):
         advantages_PG = self.algorithm.advantages(rewards_of(scored))
         return torch.from_numpy(advantages_PG.reshape(-1)).float().to(self.accelerator.device)
 
-    def targets(self, samples: list[Sample], length: int) -> Batch:
-        """One target a group as a row of the loss [M, T]: where there are several, drawn by their gains."""
-        rng = np.random.default_rng([self.config.seed, self.state.global_step])
-        items = [rng.choice(s.targets, p=np.array(s.gains) / sum(s.gains)) for s in samples]
-        paths_ML = torch.from_numpy(self.task.decoder.path_of_sid[self.task.decoder.catalog.sid_index_N[items]])
-        blank = (0, length - paths_ML.shape[1])
-        written_MT = torch.nn.functional.pad(torch.ones_like(paths_ML), blank).to(self.accelerator.device)
-        ids_MT = torch.nn.functional.pad(paths_ML, blank).to(self.accelerator.device)
-        on_trie_MT = written_MT.bool() if self.config.rl.support == "trie" else torch.zeros_like(written_MT).bool()
-        nodes_MT = support_nodes(self.trie, ids_MT, on_trie_MT)
-        return {"target_ids": ids_MT, "target_mask": written_MT, "target_nodes": nodes_MT}
-
-    @torch.no_grad()
     def reference_logps(self, batch: Batch) -> torch.Tensor:
-        """Log-probabilities [B, T] of the frozen reference: the base under an adapter, or TRL's own copy."""
-        model = self.ref_model if self.ref_model is not None else self.model
-        without_adapter = nullcontext() if self.ref_model is not None else self.policy.disable_adapter()
-        rows = {name: batch[name] for name in SCORED}
-        with without_adapter, evaluating(model):
-            parts = [self.token_scores(model, part) for part in slices_of(rows, self.args.steps_per_generation)]
-        return torch.cat([part.logps_BT for part in parts])
+        """Log-probabilities [B, T] of the completions under the reference."""
+        assert self.reference is not None
+        with self.phase("reference"), self.reference.shown() as model:
+            return self.scorer.logps(model, batch)
 
-    def token_scores(self, model: torch.nn.Module, batch: Batch, group: int | None = None) -> TokenScores:
-        """Log-probabilities and entropies of the completions on the support that `rl.support` names."""
-        with self.accelerator.autocast():
-            return score_tokens(
-                model,
-                self.trie,
-                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                batch["nodes"],
-                group=(group or self.num_generations) if self.config.rl.packing else None,
-                temperature=self.temperature,
-            )
+    def policy_logps(self, groups: Sequence[RolloutGroup]) -> np.ndarray:
+        """The policy's log-probabilities [N, T] of groups of one rollout."""
+        return self.scorer.logps(self.model, self.scorer.batch(groups), group=1).cpu().numpy()
+
+    def drawn_targets(self, groups: Sequence[RolloutGroup]) -> list[int]:
+        """One target item for each group, the same ones however often it is asked in a step."""
+        return draw_targets([group.sample for group in groups], (self.config.seed, self.state.global_step))
 
     # TRL's hooks ------------------------------------------------------------------------------------------------------
 
@@ -271,7 +258,7 @@ class SidTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
         with self.phase("update"):
-            self._scores, target_logps_MT = self._forward(model, inputs)
+            self._scores, target_logps_MT = self.scorer.scores_and_targets(model, inputs)
             loss = super()._compute_loss(model, inputs)  # which asks for the scores below
             further = self.further_loss(inputs, self._scores, target_logps_MT)
             if further is not None:
@@ -289,21 +276,6 @@ class SidTrainer(GRPOTrainer):
         """TRL's loss scores its rows here; `_compute_loss` has done so already, packed and under the trie."""
         return self._scores.logps_BT, self._scores.entropies_BT, None
 
-    def _forward(self, model: torch.nn.Module, inputs: Batch) -> tuple[TokenScores, torch.Tensor | None]:
-        """Scores of the rollouts, and the targets' log-probabilities [M, T] if the batch brings targets."""
-        if "target_ids" not in inputs:
-            return self.token_scores(model, inputs), None
-        group = self.num_generations
-        both = self.token_scores(model, with_targets(inputs, group), group + 1)
-
-        def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            by_group = values.view(-1, group + 1, *values.shape[1:])
-            return by_group[:, :-1].flatten(0, 1), by_group[:, -1]
-
-        logps_BT, target_logps_MT = split(both.logps_BT)
-        scores = TokenScores(logps_BT, split(both.entropies_BT)[0], split(both.hidden_BTD)[0])
-        return scores, target_logps_MT
-
     def further_loss(
         self, inputs: Batch, scores: TokenScores, target_logps_MT: torch.Tensor | None
     ) -> torch.Tensor | None:
@@ -313,6 +285,13 @@ class SidTrainer(GRPOTrainer):
         nll = -target_logps_MT.sum(dim=1).mean()
         self.note("target_nll", float(nll.detach()))
         return self.config.rl.sft_coef * nll
+
+    def after_step(self, step: int) -> None:
+        """What happens between steps: the reference may follow the policy, valid may be evaluated."""
+        if self.reference is not None:
+            self.reference.follow(step)
+        if self.config.eval.every and step % self.config.eval.every == 0:
+            self.evaluate_on_valid()
 
     def evaluate_on_valid(self) -> None:
         """Beam search on the valid rows; its metrics stand in this step's line as `valid/...`."""
@@ -343,7 +322,27 @@ class SidTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.recorder.checkpoint_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.save_more(folder)
+        self.recorder.checkpoint_complete(folder)
+
+    def save_more(self, folder: Path) -> None:
+        """What a checkpoint holds besides TRL's files."""
+        if self.reference is not None:
+            self.reference.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_more(Path(resume_from_checkpoint))
+
+    def load_more(self, folder: Path) -> None:
+        """The counterpart of `save_more`."""
+        if self.reference is not None:
+            self.reference.load(folder)
+
+    def _reference(self) -> Reference:
+        rl = self.config.rl
+        return Reference(self.policy, self.ref_model, every=rl.sync_ref_every, mixup=rl.sync_ref_mixup)
 
     # Small parts ------------------------------------------------------------------------------------------------------
 
@@ -364,15 +363,6 @@ class SidTrainer(GRPOTrainer):
             yield
         finally:
             self._seconds[name] += time.perf_counter() - start
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in eval mode for a block."""
-    was_training = model.training
-    model.eval()
-    yield
-    model.train(was_training)
 
 
 def _scored_in_groups(**_: Any) -> list[float]:

@@ -105,7 +105,7 @@ def test_gradient_is_that_of_the_formula(make_run: MakeTrainer, name: str) -> No
     found = {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}
 
     trainer.model.zero_grad()
-    logps = trainer.token_scores(trainer.model, batch).logps_BT
+    logps = trainer.scorer.scores(trainer.model, batch).logps_BT
     rewards = np.array([score.total for score in trainer.task.rewards.score(run.fleet.seen[0])])
     assert np.ptp(rewards, axis=1).max() > 0
     advantages = torch.from_numpy(advantages_by_hand(name, rewards).reshape(-1, 1)).float()

@@ -160,7 +160,7 @@ def test_full_support_differs_by_the_legal_mass(make_run: MakeTrainer, packing: 
     run = make_run({"rl.support": "full", "rollout.temperature": 0.9, "rl.packing": packing})
     batch = run.batch()
     with torch.no_grad():
-        logps = run.trainer.token_scores(run.trainer.model, batch).logps_BT
+        logps = run.trainer.scorer.scores(run.trainer.model, batch).logps_BT
         found = (logps - batch["old_per_token_logps"]).sum(dim=1)
         expected = []
         for group in run.fleet.seen[0]:
