@@ -93,6 +93,7 @@ RANGES: dict[str, Range] = {
     "rl.kl_coef": NOT_NEGATIVE,
     "rl.sync_ref_every": NOT_NEGATIVE,
     "rl.sync_ref_mixup": Range(0, 1, low_open=True),
+    "rl.average_decay": SHARE_BELOW_1,
     "rl.sft_coef": NOT_NEGATIVE,
     "rl.clip_low": SHARE_BELOW_1,
     "rl.clip_high": NOT_NEGATIVE,

@@ -151,6 +151,8 @@ class RLConfig:
             times at most (DAPO's dynamic sampling); 0 keeps them.
         sync_ref_every: The reference follows the policy every so many steps; 0 keeps it as the policy was at the start.
         sync_ref_mixup: Share of the policy when the reference follows.
+        average_decay: Decay of a running average of the trained weights. The average is what is evaluated and kept;
+            rollouts come from the weights themselves. 0 keeps the last weights.
         inject_targets: Where no rollout of a group is a target, put one in place of the last rollout.
         sft_coef: Weight of the targets' negative log-likelihood, added to the loss: each prompt's target rides along as
             one more branch of its packed group. Holds the list together while the reward sharpens its top.
@@ -175,6 +177,7 @@ class RLConfig:
     refill_rounds: int = 0
     sync_ref_every: int = 0
     sync_ref_mixup: float = 0.6
+    average_decay: float = 0.0
     inject_targets: bool = False
     sft_coef: float = 0.0
     support: Literal["trie", "full"] = "trie"

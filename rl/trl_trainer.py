@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,17 @@ from rl.batch import Batch, BatchScorer, slices_of
 from rl.evaluate import evaluate
 from rl.injection import draw_targets, inject_targets
 from rl.recorder import Recorder
-from rl.reference import Reference
 from rl.scoring import TokenScores
 from rl.task import Task
+from rl.trailing import Reference, TrailingWeights
 from rl.trl_arguments import adapter_config, grpo_arguments, peft_arguments
 from rl.trl_sampler import EpochSampler
 from rollout.ray_fleet import Adapter, Fleet
 from rollout.support import TorchTrie
 from rollout.types import RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, merged_weights
+
+AVERAGE = "average.safetensors"
 
 
 class AfterStep(TrainerCallback):
@@ -96,22 +98,28 @@ class SidTrainer(GRPOTrainer):
         trie = TorchTrie(task.decoder.trie, self.accelerator.device)
         self.scorer = BatchScorer(task, config, trie, self.accelerator.autocast)
         self.add_callback(AfterStep(self))
-        self.reference = self._reference() if self.beta != 0.0 else None
+        rl = config.rl
+        self.reference = (
+            Reference(self.policy, every=rl.sync_ref_every, mixup=rl.sync_ref_mixup) if rl.kl_coef else None
+        )
+        self.ref_model = None  # TRL's second model: the reference above needs none
+        self.average = TrailingWeights(self.policy, 1 - rl.average_decay) if rl.average_decay else None
         if self.accelerator.num_processes > 1:
             raise ValueError("one trainer process only: ranks would each need their share of the fleet's groups")
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train, from a checkpoint on if there is one; a run that has all its steps is only loaded.
+        """Train, from a checkpoint on if there is one; with `rl.average_decay` the policy then is the average.
 
-        (transformers takes one more step from the last checkpoint of a finished run.)
+        A run that has all its steps is only loaded: transformers takes one more step from its last checkpoint.
         """
-        if checkpoint is not None:
-            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            if state.global_step >= self.args.max_steps:
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = state
-                return
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+        if checkpoint and state and state.global_step >= self.args.max_steps:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = state
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.average is not None:
+            self.average.swap()
 
     # The loop's stages ------------------------------------------------------------------------------------------------
 
@@ -225,8 +233,8 @@ class SidTrainer(GRPOTrainer):
     def reference_logps(self, batch: Batch) -> torch.Tensor:
         """Log-probabilities [B, T] of the completions under the reference."""
         assert self.reference is not None
-        with self.phase("reference"), self.reference.shown() as model:
-            return self.scorer.logps(model, batch)
+        with self.phase("reference"), self.reference.shown():
+            return self.scorer.logps(self.model, batch)
 
     def policy_logps(self, groups: Sequence[RolloutGroup]) -> np.ndarray:
         """The policy's log-probabilities [N, T] of groups of one rollout."""
@@ -287,11 +295,14 @@ class SidTrainer(GRPOTrainer):
         return self.config.rl.sft_coef * nll
 
     def after_step(self, step: int) -> None:
-        """What happens between steps: the reference may follow the policy, valid may be evaluated."""
+        """What happens between steps: reference and average follow the policy, valid may be evaluated."""
         if self.reference is not None:
-            self.reference.follow(step)
+            self.reference.after_step(step)
+        if self.average is not None:
+            self.average.follow()
         if self.config.eval.every and step % self.config.eval.every == 0:
-            self.evaluate_on_valid()
+            with self.average.shown() if self.average is not None else nullcontext():
+                self.evaluate_on_valid()
 
     def evaluate_on_valid(self) -> None:
         """Beam search on the valid rows; its metrics stand in this step's line as `valid/...`."""
@@ -330,6 +341,8 @@ class SidTrainer(GRPOTrainer):
         """What a checkpoint holds besides TRL's files."""
         if self.reference is not None:
             self.reference.save(folder)
+        if self.average is not None:
+            self.average.save(folder / AVERAGE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -339,10 +352,8 @@ class SidTrainer(GRPOTrainer):
         """The counterpart of `save_more`."""
         if self.reference is not None:
             self.reference.load(folder)
-
-    def _reference(self) -> Reference:
-        rl = self.config.rl
-        return Reference(self.policy, self.ref_model, every=rl.sync_ref_every, mixup=rl.sync_ref_mixup)
+        if self.average is not None:
+            self.average.load(folder / AVERAGE, "rl.average_decay")
 
     # Small parts ------------------------------------------------------------------------------------------------------
 
