@@ -1,4 +1,4 @@
-"""Rewards that look at the rollouts alone, not at the targets: validity, diversity, popularity."""
+"""Rewards that look at the rollouts alone, not at the targets: validity, diversity, popularity, overlong."""
 
 from __future__ import annotations
 
@@ -158,3 +158,31 @@ class Popularity:
 
         novelties = [list(map(novelty, rollout.items)) for rollout in group.rollouts]
         return set_illegal(group, list(map(_mean, novelties)), self.illegal)
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """DAPO's soft punishment of free text that nears its limit (arXiv 2503.14476, eq. 13).
+
+    Formula, for n tokens of free text: 0 up to `max_tokens - buffer`, then `(max_tokens - buffer - n) / buffer` down to
+    -1 at `max_tokens`, and -1 beyond.
+
+    Edge cases: tokens of items do not count, so a completion that is an item alone gets 0, legal or not.
+
+    Args:
+        max_tokens: Tokens of free text at which the punishment is full.
+        buffer: Tokens before that over which it grows.
+    """
+
+    max_tokens: int
+    buffer: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.buffer <= self.max_tokens:
+            raise RewardError(f"buffer={self.buffer!r} must be above 0 and at most max_tokens={self.max_tokens!r}")
+
+    def __call__(self, group: RolloutGroup, catalog: Catalog) -> list[float]:
+        """Punishment of each rollout."""
+        lengths = [len(rollout.on_trie) - sum(rollout.on_trie) for rollout in group.rollouts]
+        free = self.max_tokens - self.buffer
+        return [max(-1.0, min(0.0, (free - length) / self.buffer)) for length in lengths]

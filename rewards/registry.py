@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 from configs.schema import RewardConfig
-from rewards.lists import Diversity, Popularity, Validity
+from rewards.lists import Diversity, Overlong, Popularity, Validity
 from rewards.peers import Prefix, RankPenalty
 from rewards.plugins import did_you_mean, installed, load, origin
 from rewards.protocol import Reward, RewardError, describe
@@ -26,6 +26,7 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "validity": Validity,
     "diversity": Diversity,
     "popularity": Popularity,
+    "overlong": Overlong,
 }
 
 

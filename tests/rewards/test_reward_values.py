@@ -137,6 +137,30 @@ def test_prefix(catalog: Catalog, make_group: MakeGroup) -> None:
     assert values(catalog, make_group([(0, 3)], targets=[0]), "prefix") == [0.5]
 
 
+# --- overlong
+
+
+def test_overlong_counts_free_text_alone(catalog: Catalog, make_group: MakeGroup) -> None:
+    plain = make_group([0, None, 1], targets=[0])
+    texts = (0, 6, 7, 9, 10, 40)
+    rollouts = tuple(
+        dataclasses.replace(
+            plain.rollouts[0],
+            token_ids=(9,) * text + (1, 2, 3),
+            logps_sampler=(-1.0,) * (text + 3),
+            on_trie=(False,) * text + (True,) * 3,
+        )
+        for text in texts
+    )
+    group = dataclasses.replace(plain, rollouts=rollouts)
+    expected = [0, 0, -0.25, -0.75, -1, -1]
+    assert values(catalog, group, "overlong", max_tokens=10, buffer=4) == pytest.approx(expected)
+    assert values(catalog, plain, "overlong", max_tokens=10, buffer=10) == [0, 0, 0]
+    for buffer in (0, 11):
+        with pytest.raises(RewardError, match=f"buffer={buffer} must be above 0 and at most max_tokens=10"):
+            RewardSet([RewardConfig("overlong", params={"max_tokens": 10, "buffer": buffer})], catalog)
+
+
 # --- validity, diversity, popularity
 
 

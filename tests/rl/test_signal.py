@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rewards.protocol import ScoredGroup
 from rl.injection import draw_targets, inject_targets
 from rollout.data.native import write_world
 from rollout.data.world import World
@@ -89,11 +90,16 @@ def hits(group: RolloutGroup) -> list[bool]:
     return [any(item in group.sample.targets for items in r.items for item in items) for r in group.rollouts]
 
 
-def test_groups_without_a_hit_get_their_target(make_run: MakeTrainer) -> None:
+def test_groups_without_a_hit_get_their_target(make_run: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run({"rl.inject_targets": True, "rl.prompts_per_step": 16, "rollout.temperature": 0.8})
-    scored: list[Any] = []
+    scored: list[ScoredGroup] = []
     score = run.trainer.score
-    run.trainer.score = lambda groups: scored.extend(score(groups)) or scored
+
+    def watch(groups: list[RolloutGroup]) -> list[ScoredGroup]:
+        scored.extend(score(groups))
+        return scored
+
+    monkeypatch.setattr(run.trainer, "score", watch)
     batch = run.batch()
     (drawn,) = run.fleet.seen
     injected = 0

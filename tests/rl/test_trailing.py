@@ -40,9 +40,11 @@ def test_swap_keeps_the_optimizers_parameters() -> None:
 
 
 def test_a_reference_that_stays_needs_no_second_adapter(make_run: MakeTrainer) -> None:
-    assert make_run({"rl.kl_coef": 0.1}).trainer.reference.trailing is None
-    follows = make_run({"rl.kl_coef": 0.1, "rl.sync_ref_every": 1}).trainer
-    assert all("lora" in name for name in follows.reference.trailing.weights)
+    stays = make_run({"rl.kl_coef": 0.1}).trainer.reference
+    assert stays is not None and stays.trailing is None
+    follows = make_run({"rl.kl_coef": 0.1, "rl.sync_ref_every": 1}).trainer.reference
+    assert follows is not None and follows.trailing is not None
+    assert all("lora" in name for name in follows.trailing.weights)
     assert make_run().trainer.reference is None
 
 
@@ -100,9 +102,10 @@ def test_a_checkpoint_without_the_reference_is_told(make_run: MakeTrainer) -> No
         other.trainer.train_from(newest_checkpoint(run.folder / "checkpoints"))
 
 
-def test_average_of_the_steps_is_kept(make_run: MakeTrainer) -> None:
+def test_average_of_the_steps_is_kept(make_run: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decay d after two steps: d² · start + (1 - d)(d · first + second), seen from the weights of each step."""
     run = make_run({**SETTINGS, "rl.steps": 2, "rl.average_decay": 0.7, "output.checkpoint_every": 1})
+    assert run.trainer.average is not None
     start = {name: weight.clone() for name, weight in run.trainer.average.weights.items()}
     seen: list[dict[str, torch.Tensor]] = []
     after_step = run.trainer.after_step
@@ -111,7 +114,7 @@ def test_average_of_the_steps_is_kept(make_run: MakeTrainer) -> None:
         seen.append({n: p.detach().clone() for n, p in run.trainer.policy.named_parameters() if n in start})
         after_step(step)
 
-    run.trainer.after_step = watch
+    monkeypatch.setattr(run.trainer, "after_step", watch)
     run.trainer.train_from(None)
     kept = dict(run.trainer.policy.named_parameters())
     for name, first in start.items():
