@@ -74,12 +74,13 @@ def run_in_worker(config: RunConfig) -> dict[str, Any]:
     from ray.exceptions import RayTaskError
 
     config = with_gpu_shares(config, ray.cluster_resources().get("GPU", 0))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     worker = (
         ray.remote(concurrency_groups={"watch": 1})(TrainWorker)
         .options(
             num_cpus=config.ray.trainer_cpus,
             num_gpus=config.ray.trainer_gpus,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         )
         .remote()
     )

@@ -69,7 +69,7 @@ class Fleet:
 
     def __init__(self, spec: EngineSpec, decoder: Decoder) -> None:
         settings = spec.rollout
-        threads = settings.threads or os.cpu_count() or 1
+        threads = settings.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1
         actor = ray.remote(EngineActor).options(
             num_cpus=settings.cpus_per_engine,
             num_gpus=max(settings.gpus_per_engine, 0),
