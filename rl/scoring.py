@@ -1,19 +1,29 @@
 """Log-probabilities of completion tokens under a policy, on the support that they were drawn from.
 
-The trunk runs once over packed groups (or a row per completion), and the output layer only where a token is predicted.
+The trunk runs once over packed groups (or a row per completion). The output matrix is multiplied only where a token is
+predicted, and at a SID position only by the rows of that level's tokens: a few thousand of the vocabulary's hundred
+thousand. Free text takes the whole vocabulary, a chunk of positions at a time, recomputed in the backward pass.
 
 Axes: B rows, P prompt positions (left padded), T completion tokens, D hidden size, V vocabulary, N predicted tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils.other import ModulesToSaveWrapper
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from rl.packing import pack_groups
 from rollout.support import WHOLE_VOCABULARY, TorchTrie
+
+CHUNK = 2**24
+"""Most logits that are computed at once; 64 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ def support_nodes(trie: TorchTrie, tokens_BT: torch.Tensor, on_trie_BT: torch.Te
     Raises:
         ValueError: when a token on the trie continues no path.
     """
-    depth, leaves = trie.trie.depth, int(trie.level_start[-2])
+    leaves = int(trie.level_start[-2])
     nodes_BT = torch.full_like(tokens_BT, WHOLE_VOCABULARY)
     at_B = torch.zeros_like(tokens_BT[:, 0])
     for step in range(tokens_BT.shape[1]):
@@ -49,8 +59,7 @@ def support_nodes(trie: TorchTrie, tokens_BT: torch.Tensor, on_trie_BT: torch.Te
         if bool((on_B & (next_B < 0)).any()):
             row = int((on_B & (next_B < 0)).nonzero()[0])
             raise ValueError(
-                f"row {row}, token {step}: {int(tokens_BT[row, step])} does not follow node {int(at_B[row])} of the "
-                f"trie ({depth} levels)"
+                f"row {row}, token {step}: {int(tokens_BT[row, step])} follows no node {int(at_B[row])} of the trie"
             )
         at_B = torch.where(on_B & (next_B < leaves), next_B, 0)
     return nodes_BT
@@ -77,35 +86,146 @@ def score_tokens(
         group: rows of a group, to compute its prompt once; None computes each row by itself.
         temperature: logits are divided by it.
     """
-    length = nodes_BT.shape[1]
-    trunk, head = _parts(model)
+    hidden_BTD = hidden_states(model, input_ids, attention_mask, nodes_BT.shape[1], group=group)
+    written_BT = attention_mask[:, -nodes_BT.shape[1] :].bool()
+    tokens_BT = input_ids[:, -nodes_BT.shape[1] :]
+    head = OutputLayer(model)
+    hidden_ND, nodes_N, tokens_N = hidden_BTD[written_BT], nodes_BT[written_BT], tokens_BT[written_BT]
+    scores_N2 = hidden_ND.new_zeros((len(nodes_N), 2), dtype=torch.float32)
+    depths_N = trie.depths(nodes_N)
+    for depth in depths_N.unique().tolist():
+        rows = (depths_N == depth).nonzero()[:, 0]
+        first, stop = trie.token_range(depth) if depth >= 0 else (0, trie.trie.vocab_size)
+
+        def scores(
+            hidden: torch.Tensor, nodes: torch.Tensor, tokens: torch.Tensor, first: int = first, stop: int = stop
+        ) -> torch.Tensor:
+            logits = head.logits(hidden, first, stop).float() / temperature
+            return torch.stack(trie.token_logps(logits, nodes, tokens, first_token=first), dim=1)
+
+        found_N2 = _in_chunks(scores, (hidden_ND[rows], nodes_N[rows], tokens_N[rows]), max(1, CHUNK // (stop - first)))
+        scores_N2 = scores_N2.index_copy(0, rows, found_N2)
+    blank_BT = torch.zeros(tokens_BT.shape, device=scores_N2.device)
+    logps_BT, entropies_BT = (blank_BT.masked_scatter(written_BT, scores_N2[:, column]) for column in (0, 1))
+    return TokenScores(logps_BT, entropies_BT, hidden_BTD)
+
+
+def hidden_states(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int, *, group: int | None
+) -> torch.Tensor:
+    """The trunk's last hidden states [B, T, D] at the positions that predict the last `length` tokens of each row."""
+    trunk = _trunk(model)
     if group is None:
-        hidden_BTD = trunk(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state[:, -length - 1 : -1]
-    else:
-        packed = pack_groups(input_ids, attention_mask, length, group, trunk.dtype)
-        states_MSD = trunk(
-            input_ids=packed.ids_MS,
-            attention_mask=packed.mask_M1SS,
-            position_ids=packed.positions_MS,
-            use_cache=False,
-        ).last_hidden_state
-        hidden_BTD = states_MSD[:, packed.keep[packed.place_GT]].flatten(0, 1)
-    written_BT = attention_mask[:, -length:].bool()
-    tokens_BT = input_ids[:, -length:]
-    logits_NV = head(hidden_BTD[written_BT]) / temperature
-    logps_N, entropies_N = trie.token_logps(logits_NV, nodes_BT[written_BT], tokens_BT[written_BT])
-    blank_BT = torch.zeros(tokens_BT.shape, device=logps_N.device)
-    return TokenScores(
-        blank_BT.masked_scatter(written_BT, logps_N), blank_BT.masked_scatter(written_BT, entropies_N), hidden_BTD
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        output = trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        return output.last_hidden_state[:, -length - 1 : -1]
+    packed = pack_groups(input_ids, attention_mask, length, group, trunk.dtype)
+    output = trunk(
+        input_ids=packed.ids_MS, attention_mask=packed.mask_M1SS, position_ids=packed.positions_MS, use_cache=False
     )
+    return output.last_hidden_state[:, packed.keep[packed.place_GT]].flatten(0, 1)
 
 
-def _parts(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Trunk and output layer of a causal language model; the layers of an active adapter are inside them."""
+class OutputLayer:
+    """The output matrix of a causal language model, row by row, with the adapter that is active on it.
+
+    A plain linear layer and vanilla LoRA on one are multiplied by the wanted rows alone; any other layer is called
+    whole. What some architectures do to logits afterwards (Gemma's soft cap, the scales of Cohere and Granite) is done
+    here too; `require_exact` finds out whether that is all.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        config = inner.config.get_text_config()
+        self.head = inner.get_output_embeddings()
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def logits(self, hidden_ND: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+        """Logits [N, stop - first] of the tokens `first` to `stop`."""
+        logits = _rows(self.head, hidden_ND, first, stop)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+
+def _rows(head: torch.nn.Module, hidden_ND: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    if isinstance(head, ModulesToSaveWrapper):
+        whole = head.disable_adapters or head.active_adapters[0] not in head.modules_to_save
+        return _rows(
+            head.original_module if whole else head.modules_to_save[head.active_adapters[0]], hidden_ND, first, stop
+        )
+    if type(head) is torch.nn.Linear:
+        return linear(hidden_ND, head.weight[first:stop], None if head.bias is None else head.bias[first:stop])
+    active = [name for name in getattr(head, "active_adapters", ()) if name in getattr(head, "lora_A", ())]
+    if type(head) is not LoraLinear or any(name in head.lora_variant for name in active):
+        return head(hidden_ND)[:, first:stop]
+    logits = _rows(head.base_layer, hidden_ND, first, stop)
+    if head.disable_adapters or head.merged:
+        return logits
+    for name in active:
+        narrow = head.lora_A[name](head.lora_dropout[name](hidden_ND.to(head.lora_A[name].weight.dtype)))
+        lora_B = head.lora_B[name]
+        bias = None if lora_B.bias is None else lora_B.bias[first:stop]
+        logits = logits + (linear(narrow, lora_B.weight[first:stop], bias) * head.scaling[name]).to(logits.dtype)
+    return logits
+
+
+def _in_chunks(function: Callable[..., torch.Tensor], rows: tuple[torch.Tensor, ...], size: int) -> torch.Tensor:
+    """`function` of so many rows at a time; several chunks keep nothing for the backward pass but their inputs."""
+    if len(rows[0]) <= size:
+        return function(*rows)
+    chunks = zip(*(tensor.split(size) for tensor in rows), strict=True)
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _trunk(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without its output layer; the layers of an active adapter are inside it."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
+    return getattr(inner, inner.base_model_prefix)
+
+
+@torch.no_grad()
+def require_exact(model: torch.nn.Module, *, packing: bool) -> None:
+    """Compare with the model's own logits on a few tokens, so that nothing is silently scored wrong.
+
+    Raises:
+        ValueError: when the output layer does something that is not known here, or when groups are to be packed and the
+            model takes no 4-D attention masks (recurrent layers, some attention kernels).
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    config, device = inner.config.get_text_config(), next(model.parameters()).device
+    ids = torch.randint(config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
+    ids[1, :6] = ids[0, :6]
+    was_training = model.training
+    model.eval()
+    own_BTV = inner(input_ids=ids, use_cache=False).logits[:, 5:-1].float()
+    own_BTV = own_BTV.log_softmax(dim=-1)
+    tolerance = 1e-3 if own_BTV.dtype == next(model.parameters()).dtype else 0.25
+
+    def gap(group: int | None) -> float:
+        hidden = hidden_states(model, ids, torch.ones_like(ids), 3, group=group).flatten(0, 1)
+        found = OutputLayer(model).logits(hidden, 0, config.vocab_size).float().log_softmax(dim=-1)
+        return float((found - own_BTV.flatten(0, 1)).abs().max())
+
+    name = type(inner).__name__
+    try:
+        plain, packed = gap(None), 0.0
+        try:
+            packed = gap(2) if packing else 0.0
+        except (TypeError, ValueError, RuntimeError):
+            packed = float("inf")
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the policy's {name} is no causal transformer as sidrl knows them: {error}") from error
+    finally:
+        model.train(was_training)
+    if plain > tolerance:
+        raise ValueError(
+            f"the policy's {name} makes its logits in a way that sidrl does not know (they differ by {plain:.2g}): "
+            "its log-probabilities would be wrong"
+        )
+    if packed > tolerance:
+        raise ValueError(
+            f"rl.packing=true needs a model that takes 4-D attention masks, and {name} with attention "
+            f"{inner.config._attn_implementation} does not: set rl.packing=false"
+        )

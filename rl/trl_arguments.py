@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel, set_seed
 from trl import GRPOConfig
 
 from configs.schema import RunConfig
@@ -44,7 +48,7 @@ def grpo_arguments(config: RunConfig, algorithm: Algorithm, folder: Path, *, com
         "learning_rate": rl.learning_rate,
         "lr_scheduler_type": rl.lr_schedule,
         "warmup_steps": rl.lr_warmup_steps,
-        "beta": rl.kl_coef,
+        "beta": 0.0,  # the trainer's own reference serves rl.kl_coef
         "epsilon": rl.clip_low,
         "epsilon_high": rl.clip_high,
         "scale_rewards": rl.scale_rewards,
@@ -59,12 +63,12 @@ def grpo_arguments(config: RunConfig, algorithm: Algorithm, folder: Path, *, com
     return GRPOConfig(**settings)
 
 
-def peft_arguments(config: RunConfig) -> PeftLoraConfig | None:
-    """PEFT's LoRA settings, or None for full fine-tuning."""
+def with_adapter(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
+    """The model with a fresh LoRA adapter, or itself for full fine-tuning."""
     lora = config.lora
     if not lora.enabled:
-        return None
-    return PeftLoraConfig(
+        return model
+    settings = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -72,6 +76,25 @@ def peft_arguments(config: RunConfig) -> PeftLoraConfig | None:
         task_type="CAUSAL_LM",
         **lora.extra,
     )
+    set_seed(config.seed)  # the adapter's first matrix is random
+    return get_peft_model(model, settings)
+
+
+@contextmanager
+def adapter_on_output_layer_allowed(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Show TRL the bare output layer for a block.
+
+    It refuses an adapter there, because its own loss multiplies by the bare layer's weight; `rl.scoring` does not.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer):
+        yield
+        return
+    model.get_output_embeddings = head.get_base_layer
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
 
 
 def adapter_config(model: PeftModel) -> str:

@@ -29,10 +29,10 @@ from rl.batch import Batch, BatchScorer, slices_of
 from rl.evaluate import evaluate
 from rl.injection import draw_targets, inject_targets
 from rl.recorder import Recorder
-from rl.scoring import TokenScores
+from rl.scoring import TokenScores, require_exact
 from rl.task import Task
 from rl.trailing import Reference, TrailingWeights
-from rl.trl_arguments import adapter_config, grpo_arguments, peft_arguments
+from rl.trl_arguments import adapter_config, adapter_on_output_layer_allowed, grpo_arguments, with_adapter
 from rl.trl_sampler import EpochSampler
 from rollout.ray_fleet import Adapter, Fleet
 from rollout.support import TorchTrie
@@ -81,28 +81,30 @@ class SidTrainer(GRPOTrainer):
         self._seconds: dict[str, float] = defaultdict(float)
         self._ratio_errors: list[float] = []
         self._slices: list[Batch] = []  # this batch of rollouts, a slice per micro-batch
-        super().__init__(
-            model=model,
-            reward_funcs=[_scored_in_groups],
-            args=grpo_arguments(
-                config,
-                algorithm,
-                folder,
-                completion=task.decoder.trie.depth,
-                bf16=model.dtype == torch.bfloat16,
-            ),
-            train_dataset=Dataset.from_dict({"row": list(range(len(self.samples)))}),
-            processing_class=task.tokenizer,
-            peft_config=peft_arguments(config),
-        )
+        require_exact(model, packing=config.rl.packing)
+        policy = with_adapter(model, config)
+        with adapter_on_output_layer_allowed(policy):
+            super().__init__(
+                model=policy,
+                reward_funcs=[_scored_in_groups],
+                args=grpo_arguments(
+                    config,
+                    algorithm,
+                    folder,
+                    completion=task.decoder.trie.depth,
+                    bf16=model.dtype == torch.bfloat16,
+                ),
+                train_dataset=Dataset.from_dict({"row": list(range(len(self.samples)))}),
+                processing_class=task.tokenizer,
+            )
         trie = TorchTrie(task.decoder.trie, self.accelerator.device)
         self.scorer = BatchScorer(task, config, trie, self.accelerator.autocast)
         self.add_callback(AfterStep(self))
         rl = config.rl
+        self.beta = rl.kl_coef  # TRL was told of none, for it would have made a reference of its own
         self.reference = (
             Reference(self.policy, every=rl.sync_ref_every, mixup=rl.sync_ref_mixup) if rl.kl_coef else None
         )
-        self.ref_model = None  # TRL's second model: the reference above needs none
         self.average = TrailingWeights(self.policy, 1 - rl.average_decay) if rl.average_decay else None
         if self.accelerator.num_processes > 1:
             raise ValueError("one trainer process only: ranks would each need their share of the fleet's groups")

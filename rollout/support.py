@@ -57,29 +57,46 @@ class TorchTrie:
         found = (low < stop) & (self.token_of[low.clamp(max=len(self.token_of) - 1)] == tokens_N) & (nodes_N == safe_N)
         return torch.where(found, low, -1)
 
-    def child_logps(self, logits_NV: torch.Tensor, nodes_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def depths(self, nodes_N: torch.Tensor) -> torch.Tensor:
+        """Level of each node (0 for the root), -1 for `WHOLE_VOCABULARY`."""
+        return torch.where(nodes_N < 0, -1, torch.searchsorted(self.level_start, nodes_N.clamp(min=0), right=True) - 1)
+
+    def token_range(self, depth: int) -> tuple[int, int]:
+        """First and last + 1 of the tokens on the edges out of the nodes of a level."""
+        first = int(self.trie.bases[depth])
+        return first, first + int(self.trie.edges[depth].max()) + 1
+
+    def child_logps(
+        self, logits_NV: torch.Tensor, nodes_N: torch.Tensor, first_token: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-softmax over the children of each node.
+
+        Args:
+            logits_NV: logits of the vocabulary, or of a range of it that holds all children.
+            nodes_N: interior nodes.
+            first_token: token of the first column.
 
         Returns:
             log-probabilities [N, C] in float32 (-inf on padding) and child nodes [N, C].
         """
         child_NC, there_NC = self.children(nodes_N)
         if len(nodes_N) and bool((nodes_N == nodes_N[0]).all()):  # one support for all rows, as at the root
-            logits_NC = logits_NV.index_select(1, self.token_of[child_NC[0]])
+            logits_NC = logits_NV.index_select(1, self.token_of[child_NC[0]] - first_token)
         else:
-            logits_NC = logits_NV.gather(1, self.token_of[child_NC])
+            logits_NC = logits_NV.gather(1, self.token_of[child_NC] - first_token)
         logits_NC = logits_NC.float().masked_fill(~there_NC, float("-inf"))
         return logits_NC.log_softmax(dim=-1), child_NC
 
     def token_logps(
-        self, logits_NV: torch.Tensor, nodes_N: torch.Tensor, tokens_N: torch.Tensor
+        self, logits_NV: torch.Tensor, nodes_N: torch.Tensor, tokens_N: torch.Tensor, first_token: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each token on its support, and the entropy of that support.
 
         Args:
-            logits_NV: logits, already divided by the temperature.
+            logits_NV: logits, already divided by the temperature; of a range of tokens that holds all supports.
             nodes_N: the node each row stands at, or `WHOLE_VOCABULARY` (-1) where the support is the vocabulary.
             tokens_N: the token each row wrote; at a node it must be a child.
+            first_token: token of the first column.
 
         Returns:
             `(logps_N, entropies_N)`, float32, differentiable in the logits.
@@ -89,16 +106,14 @@ class TorchTrie:
         """
         logps_N = logits_NV.new_zeros(len(nodes_N), dtype=torch.float32)
         entropies_N = torch.zeros_like(logps_N)
-        depths_N = torch.where(
-            nodes_N < 0, -1, torch.searchsorted(self.level_start, nodes_N.clamp(min=0), right=True) - 1
-        )
+        depths_N = self.depths(nodes_N)
         for depth in depths_N.unique().tolist():  # rows of one depth have supports of similar width
             rows = (depths_N == depth).nonzero()[:, 0]
             if depth < 0:
                 support = logits_NV[rows].float().log_softmax(dim=-1)
-                place = tokens_N[rows, None]
+                place = tokens_N[rows, None] - first_token
             else:
-                support, child = self.child_logps(logits_NV[rows], nodes_N[rows])
+                support, child = self.child_logps(logits_NV[rows], nodes_N[rows], first_token)
                 hit = (self.token_of[child] == tokens_N[rows, None]) & support.isfinite()
                 if not bool(hit.any(dim=1).all()):
                     bad = int(rows[~hit.any(dim=1)][0])

@@ -33,7 +33,7 @@ from rl.progress import Progress
 from rl.ray_cluster import cluster
 from rl.recorder import Recorder
 from rl.task import Task
-from rl.trl_arguments import peft_arguments
+from rl.trl_arguments import with_adapter
 from rl.trl_trainer import SidTrainer
 from rollout.engine import engine_spec
 from rollout.hf_engine import load_policy
@@ -112,6 +112,7 @@ def _ours(options: argparse.Namespace, world: BenchWorld, folder: Path) -> tuple
 
 def _trl(options: argparse.Namespace, world: BenchWorld, folder: Path) -> GRPOTrainer:
     model, children = load_policy(world.folder, dtype="float32"), world.dict_trie()
+    policy = with_adapter(model, RunConfig())
     tokenizer = AutoTokenizer.from_pretrained(world.folder)
     depth, rows = world.decoder.trie.depth, options.prompts * options.group
     targets = [tuple(world.decoder.path_of_sid[world.decoder.catalog.sid_index_N[s.targets[0]]]) for s in world.samples]
@@ -124,7 +125,7 @@ def _trl(options: argparse.Namespace, world: BenchWorld, folder: Path) -> GRPOTr
         prefix_allowed_tokens_fn=lambda _, ids: children.get(tuple(ids[options.prompt :].tolist()), [0]),
     )
     trainer = GRPOTrainer(
-        model=model,
+        model=policy,
         reward_funcs=[hit],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),
@@ -143,7 +144,6 @@ def _trl(options: argparse.Namespace, world: BenchWorld, folder: Path) -> GRPOTr
             }
         ),
         processing_class=tokenizer,
-        peft_config=peft_arguments(RunConfig()),
     )
     lengths = {len(tokenizer(text)["input_ids"]) for text in trainer.train_dataset["prompt"]}
     if lengths != {options.prompt}:

@@ -514,6 +514,17 @@ def test_all_weights(make_run: MakeTrainer) -> None:
     assert all(not torch.equal(after[name], before[name]) for name in after)
 
 
+def test_adapter_on_the_output_layer(make_run: MakeTrainer, make_policy: MakePolicy) -> None:
+    """Trained, scored and sent to the engine like any other; a tied output matrix cannot have one of its own."""
+    wide = {"lora.target_modules": ["q_proj", "lm_head"], "rl.steps": 3, "rl.learning_rate": 0.02}
+    run = make_run({**wide, "model.path": str(make_policy(tied=False))})
+    lines = run.train()
+    assert any("lm_head.lora_B" in name and tensor.abs().max() > 0 for name, tensor in trained(run).items())
+    assert all(line["ratio_error"] <= 1e-5 for line in lines)
+    with pytest.raises(ValueError, match="output matrix is tied to its embedding"):
+        make_run(wide).train()
+
+
 def test_lora_trains_the_adapter_alone(make_run: MakeTrainer) -> None:
     run = make_run({"rl.steps": 2, "rl.learning_rate": 0.01})
     frozen = {n: p.clone() for n, p in run.trainer.policy.named_parameters() if not p.requires_grad}
