@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.keys import leaf_types, suggestion
 from configs.passthrough import grpo_fields, lora_fields, lora_reason, trl_reason
-from configs.schema import RunConfig
+from configs.schema import CriticConfig, RunConfig
 
 
 class ConfigError(ValueError):
@@ -95,9 +95,18 @@ RANGES: dict[str, Range] = {
     "rl.sync_ref_mixup": Range(0, 1, low_open=True),
     "rl.average_decay": SHARE_BELOW_1,
     "rl.sft_coef": NOT_NEGATIVE,
+    "rl.prefix_credit": NOT_NEGATIVE,
     "rl.clip_low": SHARE_BELOW_1,
     "rl.clip_high": NOT_NEGATIVE,
     "rl.max_grad_norm": NOT_NEGATIVE,
+    "critic.learning_rate": POSITIVE,
+    "critic.gamma": Range(0, 1),
+    "critic.lam": Range(0, 1),
+    "critic.clip": POSITIVE,
+    "critic.coef": NOT_NEGATIVE,
+    "critic.hidden_size": COUNT,
+    "critic.layers": COUNT,
+    "critic.heads": COUNT,
     "lora.r": COUNT,
     "lora.alpha": COUNT,
     "lora.dropout": SHARE_BELOW_1,
@@ -138,7 +147,7 @@ VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError with every problem of `config`, each naming its settings and their values."""
-    parts = (_ranges, _texts, _prompt, _warmup, _rollout, _rewards, _policy_update, _passthrough)
+    parts = (_ranges, _texts, _prompt, _warmup, _rollout, _rewards, _policy_update, _critic, _passthrough)
     problems = [problem for part in parts for problem in part(config)]
     if problems:
         raise ConfigError(problems)
@@ -240,6 +249,16 @@ def _policy_update(config: RunConfig) -> Iterator[str]:
     elif schedule not in SCHEDULES:
         hint = suggestion(schedule, SCHEDULES)
         yield f"rl.lr_schedule={schedule!r} must be one of {', '.join(SCHEDULES)}{'; ' + hint if hint else ''}"
+
+
+def _critic(config: RunConfig) -> Iterator[str]:
+    if config.algo != "ppo":
+        for name, value in vars(config.critic).items():
+            if value != getattr(CriticConfig(), name):
+                yield f"critic.{name}={value} is for algo=ppo, and algo={config.algo} has no critic"
+    width, heads = config.critic.hidden_size, config.critic.heads
+    if width >= 1 and heads >= 1 and (width % heads or width // heads % 2):
+        yield f"critic.hidden_size={width} must be an even multiple of critic.heads={heads}"
 
 
 def _passthrough(config: RunConfig) -> Iterator[str]:

@@ -156,6 +156,8 @@ class RLConfig:
         inject_targets: Where no rollout of a group is a target, put one in place of the last rollout.
         sft_coef: Weight of the targets' negative log-likelihood, added to the loss: each prompt's target rides along as
             one more branch of its packed group. Holds the list together while the reward sharpens its top.
+        prefix_credit: Reward paid at each level of an item but the last on which its codes so far are still those of a
+            target. Advantages then are per token, of what is still to be earned.
         support: Distribution of policy and reference at SID positions: trie (what is sampled and deployed) or full
             (the whole vocabulary, as peers do; biased, for comparison).
         packing: Compute a group's prompt once, its completions beside each other under a tree attention mask; false
@@ -180,9 +182,39 @@ class RLConfig:
     average_decay: float = 0.0
     inject_targets: bool = False
     sft_coef: float = 0.0
+    prefix_credit: float = 0.0
     support: Literal["trie", "full"] = "trie"
     packing: bool = True
     max_grad_norm: float = 1.0
+
+
+@dataclass
+class CriticConfig:
+    """The critic of `--algo ppo`.
+
+    Args:
+        kind: head reads the policy's own hidden states; model is a small transformer of its own.
+        learning_rate: Peak learning rate of the critic; it follows the schedule of `rl.lr_schedule`.
+        gamma: Discount of later rewards.
+        lam: λ of generalised advantage estimation: 1 trusts returns alone, 0 the critic alone.
+        clip: Values may move so far from those at the time of the rollouts.
+        coef: Weight of the value loss.
+        detach: A head leaves the policy's trunk alone; false lets the value loss train it too.
+        hidden_size: Width of a model of its own.
+        layers: Layers of a model of its own.
+        heads: Attention heads of a model of its own.
+    """
+
+    kind: Literal["head", "model"] = "head"
+    learning_rate: float = 1e-3
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    coef: float = 0.5
+    detach: bool = True
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 2
 
 
 @dataclass
@@ -281,6 +313,7 @@ class RunConfig:
         rollout: How rollouts are drawn.
         rewards: Weighted list of rewards.
         rl: The policy update.
+        critic: The critic of ppo.
         lora: LoRA through PEFT.
         eval: Evaluation before and after.
         ray: Where the processes live.
@@ -288,7 +321,7 @@ class RunConfig:
         trl: Any other field of `trl.GRPOConfig`.
     """
 
-    algo: Literal["grpo", "dr_grpo", "rloo", "gspo", "cispo", "dapo", "gpg"] = "grpo"
+    algo: Literal["grpo", "dr_grpo", "rloo", "gspo", "cispo", "dapo", "gpg", "ppo"] = "grpo"
     output_dir: str | None = None
     resume: str | None = None
     seed: int = 0
@@ -299,6 +332,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
     rl: RLConfig = field(default_factory=RLConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     ray: RayConfig = field(default_factory=RayConfig)

@@ -94,7 +94,11 @@ GPG = Algorithm("gpg", "bnpo", importance=False, share_of_signal=True)
 """GPG (arXiv 2504.02546, eq. 6): the plain policy gradient -A · log π averaged over tokens, with no ratio, clip or
 reference, and advantages multiplied by the inverse share of groups with signal."""
 
-ALGORITHMS = {algorithm.name: algorithm for algorithm in (GRPO, DR_GRPO, RLOO, GSPO, CISPO, DAPO, GPG)}
+PPO = Algorithm("ppo", "bnpo")
+"""PPO (arXiv 1707.06347, eq. 7): the clipped ratio with advantages per token from a critic (`rl/trl_ppo.py`), averaged
+over tokens. Reference values: clip .2, GAE λ .95, γ 1 for language models, value coefficient .5 (.1 in InstructGPT)."""
+
+ALGORITHMS = {algorithm.name: algorithm for algorithm in (GRPO, DR_GRPO, RLOO, GSPO, CISPO, DAPO, GPG, PPO)}
 
 
 def without_signal(rewards_PG: np.ndarray) -> np.ndarray:

@@ -105,15 +105,25 @@ class BatchScorer:
         logps_BT, target_logps_MT = split(both.logps_BT)
         return TokenScores(logps_BT, split(both.entropies_BT)[0], split(both.hidden_BTD)[0]), target_logps_MT
 
-    @torch.no_grad()
     def logps(self, model: torch.nn.Module, batch: Batch, group: int | None = None) -> torch.Tensor:
-        """Log-probabilities [B, T] without gradients and without dropout, a micro-batch at a time."""
+        """Log-probabilities [B, T] without gradients."""
+        return self.no_grad(model, batch, lambda _, scores: scores.logps_BT, group)
+
+    @torch.no_grad()
+    def no_grad(
+        self,
+        model: torch.nn.Module,
+        batch: Batch,
+        read: Callable[[Batch, TokenScores], torch.Tensor],
+        group: int | None = None,
+    ) -> torch.Tensor:
+        """What `read` makes of a batch and its scores, a micro-batch at a time, without gradients and dropout."""
         size = self.config.rl.micro_batch_groups * (group or self.group)
-        rows = [
+        parts = [
             dict(zip(SCORED, part, strict=True)) for part in zip(*(batch[n].split(size) for n in SCORED), strict=True)
         ]
         with evaluating(model):
-            return torch.cat([self.scores(model, part, group).logps_BT for part in rows])
+            return torch.cat([read(part, self.scores(model, part, group)) for part in parts])
 
     def _nodes(self, tokens_BT: torch.Tensor, on_trie_BT: torch.Tensor) -> torch.Tensor:
         return support_nodes(self.trie, tokens_BT, on_trie_BT & (self.config.rl.support == "trie"))

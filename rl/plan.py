@@ -46,10 +46,12 @@ def show_plan(config: RunConfig) -> None:
     rewards = ", ".join(f"{reward.weight:g} x {reward.name or reward.reward}" for reward in config.rewards)
     say(f"rollouts: {config.rollout.num_engines} {spec.kind} engine(s) ({spec.why}), sampler {config.rollout.sampler}")
     say(f"rewards: {rewards} (tried on a group with a hit, a miss and an illegal rollout)")
+    batches = config.rl.steps // config.rl.epochs_per_batch
+    twice = f", each batch used {config.rl.epochs_per_batch} times" if config.rl.epochs_per_batch > 1 else ""
     say(
-        f"training: {algorithm.name}, {config.rl.steps} steps of {prompts} prompts x {group} rollouts = "
-        f"{config.rl.steps * prompts * group} rollouts over {len(task.samples['train'])} rows "
-        f"({config.rl.steps * prompts / len(task.samples['train']):.1f} passes)"
+        f"training: {algorithm.name}, {config.rl.steps} steps; {batches} batches of {prompts} prompts x {group} "
+        f"rollouts = {batches * prompts * group} rollouts over {len(task.samples['train'])} rows "
+        f"({batches * prompts / len(task.samples['train']):.1f} passes){twice}"
     )
     say(
         f"policy: {f'LoRA r={config.lora.r}' if config.lora.enabled else 'all weights'}, "

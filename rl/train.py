@@ -58,7 +58,7 @@ def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     from rl.recorder import Recorder, newest_checkpoint
     from rl.run_files import write_outputs
     from rl.task import load_data, policy_folder, prepare_task
-    from rl.trl_trainer import SidTrainer
+    from rl.trainers import trainer_class
     from rl.warmup import warm_up
     from rollout.engine import engine_spec
     from rollout.hf_engine import open_policy
@@ -88,7 +88,9 @@ def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
             if config.eval.before
             else None
         )
-        trainer = SidTrainer(policy, task, fleet, build_algorithm(config), config, recorder, folder / "checkpoints")
+        trainer = trainer_class(config)(
+            policy, task, fleet, build_algorithm(config), config, recorder, folder / "checkpoints"
+        )
         trainer.train_from(checkpoint)
         trainer.sync_weights()
         after = (

@@ -26,6 +26,7 @@ from configs.schema import RunConfig
 from rewards.protocol import ScoredGroup
 from rl.algorithms import Algorithm, without_signal
 from rl.batch import Batch, BatchScorer, slices_of
+from rl.credit import rewards_to_go, token_rewards
 from rl.evaluate import evaluate
 from rl.injection import draw_targets, inject_targets
 from rl.recorder import Recorder
@@ -229,8 +230,13 @@ class SidTrainer(GRPOTrainer):
 
     def advantages(self, scored: list[ScoredGroup], batch: Batch) -> torch.Tensor:
         """Advantages of the rollouts, [B] or per token [B, T]."""
-        advantages_PG = self.algorithm.advantages(rewards_of(scored))
-        return torch.from_numpy(advantages_PG.reshape(-1)).float().to(self.accelerator.device)
+        advantages = self.algorithm.advantages(rewards_of(scored))
+        if credit := self.config.rl.prefix_credit:  # what is still to be earned from each token on, among the group's
+            to_go_PGT = rewards_to_go(
+                token_rewards(scored, self.task.decoder.catalog, credit, batch["completion_ids"].shape[1])
+            )
+            advantages = np.stack([self.algorithm.advantages(to_go_PG) for to_go_PG in np.moveaxis(to_go_PGT, 2, 0)], 2)
+        return torch.from_numpy(advantages).float().to(self.accelerator.device).flatten(0, 1)
 
     def reference_logps(self, batch: Batch) -> torch.Tensor:
         """Log-probabilities [B, T] of the completions under the reference."""

@@ -33,8 +33,8 @@ def write(folder: Path, text: str, name: str = "c.yaml") -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_file_is_read(path: Path) -> None:
     config = parse_run(["--config", str(path)])
-    assert parse_run(["--config", str(path), "--rl.steps", "7"]) == dataclasses.replace(
-        config, rl=dataclasses.replace(config.rl, steps=7)
+    assert parse_run(["--config", str(path), "--rl.steps", "8"]) == dataclasses.replace(
+        config, rl=dataclasses.replace(config.rl, steps=8)
     )
 
 
@@ -135,7 +135,7 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path) -> None:
         (["--seed", "true"], "command line: seed='true' must be an integer"),
         (
             ["--algo", "gpro"],
-            "command line: algo='gpro' must be one of grpo, dr_grpo, rloo, gspo, cispo, dapo, gpg; "
+            "command line: algo='gpro' must be one of grpo, dr_grpo, rloo, gspo, cispo, dapo, gpg, ppo; "
             "did you mean gspo or grpo?",
         ),
         (

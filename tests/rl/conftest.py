@@ -281,7 +281,7 @@ def make_run(make_config: MakeConfig, tmp_path: Path) -> MakeTrainer:
         from rl.progress import Progress
         from rl.recorder import Recorder
         from rl.task import load_data, prepare_task
-        from rl.trl_trainer import SidTrainer
+        from rl.trainers import trainer_class
         from rollout.hf_engine import HFEngine, load_policy
 
         config = make_config(settings)
@@ -293,7 +293,7 @@ def make_run(make_config: MakeConfig, tmp_path: Path) -> MakeTrainer:
         fleet = fleet or LocalFleet(HFEngine(load_policy(path), task.decoder))
         recorder = Recorder(folder, task, Progress(), rollouts_every=config.output.rollouts_every)
         recorder.start_at(start_at)
-        trainer = SidTrainer(
+        trainer = trainer_class(config)(
             load_policy(path), task, fleet, build_algorithm(config), config, recorder, folder / "checkpoints"
         )
         return Run(trainer, fleet, recorder, folder, config)

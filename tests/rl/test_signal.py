@@ -132,3 +132,28 @@ def test_nothing_to_inject_is_nothing_done() -> None:
         raise AssertionError("no log-probabilities are needed")
 
     assert inject_targets([], [], None, never) == ([], 0)  # type: ignore[arg-type]
+
+
+# Prefix credit --------------------------------------------------------------------------------------------------------
+
+
+def test_prefix_credit_gives_each_token_the_advantage_of_what_is_to_come(make_run: MakeTrainer) -> None:
+    """GRPO's formula token by token, on reward-to-go; the last token's is that of the reward alone."""
+    run = make_run({"rl.prefix_credit": 0.4, "rollout.group_size": 8, "rewards": [{"reward": "hit"}]})
+    batch = run.batch()
+    (groups,) = run.fleet.seen
+    codes = run.trainer.task.decoder.catalog.codes_NL
+    found = batch["advantages"].view(len(groups), 8, 3).numpy()
+    for group, total, advantages in zip(groups, run.trainer.score(groups), found, strict=True):
+        (target,) = group.sample.targets
+        to_go = np.zeros((8, 3))
+        for row, rollout in enumerate(group.rollouts):
+            code = run.trainer.task.decoder.catalog.sids_SL[rollout.sids[0]]
+            paid = [0.4 * bool((code[: level + 1] == codes[target][: level + 1]).all()) for level in range(2)]
+            earned = [*paid, total.total[row]]
+            to_go[row] = [sum(earned[token:]) for token in range(3)]
+        expected = (to_go - to_go.mean(axis=0)) / (to_go.std(axis=0, ddof=1) + 1e-4)
+        np.testing.assert_allclose(advantages, expected, atol=1e-5)
+    assert np.abs(found).max() > 0
+    lines = run.train()
+    assert all(np.isfinite(line["loss"]) for line in lines)

@@ -323,7 +323,7 @@ def test_a_dry_run_trains_nothing(
     assert list(tmp_path.iterdir()) == []
     assert sorted(cache_folder.rglob("*")) == before
     for part in (
-        "training: grpo, 2 steps of 4 prompts x 4 rollouts = 32 rollouts over 48 rows",
+        "training: grpo, 2 steps; 2 batches of 4 prompts x 4 rollouts = 32 rollouts over 48 rows",
         "1 hf engine(s) (rollout.engine=hf), sampler sample",
         "rewards: 1 x ndcg@10",
         "started Ray on this machine",

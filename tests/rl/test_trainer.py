@@ -637,7 +637,7 @@ def test_settings_reach_trl_and_peft(make_run: MakeTrainer) -> None:
     trl = run.trainer.args
     assert (trl.weight_decay, trl.optim, trl.adam_beta2) == (0.03, "adafactor", 0.95)
     assert (trl.loss_type, trl.importance_sampling_level) == ("dr_grpo", "sequence")
-    assert (trl.epsilon, trl.epsilon_high, trl.beta, trl.num_iterations) == (0.1, 0.28, 0.02, 2)
+    assert (trl.epsilon, trl.epsilon_high, run.trainer.beta, trl.num_iterations) == (0.1, 0.28, 0.02, 2)
     assert (trl.lr_scheduler_type, trl.warmup_steps, trl.seed) == ("cosine", 1, 5)
     assert (trl.per_device_train_batch_size, trl.gradient_accumulation_steps, trl.max_steps) == (8, 2, 2)
     peft = run.trainer.policy.peft_config["default"]
