@@ -88,7 +88,8 @@ class RolloutConfig:
         engine: vllm, hf (Hugging Face), or auto: vllm where it can be imported, else hf.
         num_engines: Engines, each a Ray actor; prompts are spread over them.
         group_size: Rollouts per prompt, G.
-        sampler: sample draws G independent items under the trie; beam takes the G best distinct items.
+        sampler: sample draws G independent items under the trie; beam takes the G best distinct items; unique draws G
+            distinct items without replacement.
         temperature: Sampling temperature; the same one divides the logits in the update.
         sync: How new weights reach the engines: merged (LoRA folded into full weights) or adapter (vLLM's LoRA).
         max_batch_prompts: Prompts that the hf engine computes at once.
@@ -102,7 +103,7 @@ class RolloutConfig:
     engine: Literal["auto", "vllm", "hf"] = "auto"
     num_engines: int = 1
     group_size: int = 16
-    sampler: Literal["sample", "beam"] = "sample"
+    sampler: Literal["sample", "beam", "unique"] = "sample"
     temperature: float = 1.0
     sync: Literal["merged", "adapter"] = "merged"
     max_batch_prompts: int = 64

@@ -157,10 +157,10 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
     except ValueError as error:
         raise ValueError(f"model.path={model_path}: {error}") from error
     decoder = Decoder.build(world.catalog, vocab, model_config.get_text_config().vocab_size)
-    if config.rollout.sampler == "beam" and decoder.trie.num_leaves < config.rollout.group_size:
+    if config.rollout.sampler in ("beam", "unique") and decoder.trie.num_leaves < config.rollout.group_size:
         raise ValueError(
             f"rollout.group_size={config.rollout.group_size} distinct items are asked of a catalogue of "
-            f"{decoder.trie.num_leaves} Sids (rollout.sampler=beam)"
+            f"{decoder.trie.num_leaves} Sids (rollout.sampler={config.rollout.sampler})"
         )
     rl_records, _ = rl_and_warmup_rows(config, world)
     skipped = len(world.problems)

@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.schema import ModelConfig
 from rollout.decode import Decoder
-from rollout.search import beam, draw
+from rollout.search import beam, draw, draw_distinct
 from rollout.support import TorchTrie
 from rollout.types import RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, require_fit, shapes_of
@@ -79,8 +78,7 @@ class HFEngine:
         self.model.eval()
         for rows in batches_by_length(samples, self.max_batch_prompts):
             batch = [samples[row] for row in rows]
-            for row, sample, (tokens_GL, logps_GL) in zip(rows, batch, self._batch(batch, sampling), strict=True):
-                groups[row] = self.decoder.group(sample, tokens_GL, logps_GL, sampling.constrained, self.policy_version)
+            groups.update(zip(rows, self._batch(batch, sampling), strict=True))
         self.model.train(was_training)
         return [groups[row] for row in range(len(samples))]
 
@@ -96,15 +94,16 @@ class HFEngine:
         self.policy_version = version
         return checksum({name: own[name] for name in weights})
 
-    def _batch(self, samples: Sequence[Sample], sampling: Sampling) -> list[tuple[np.ndarray, np.ndarray]]:
-        if sampling.sampler != "beam":
-            tokens_BGL, logps_BGL = draw(self.model, self.trie, samples, sampling)
-            return list(zip(tokens_BGL, logps_BGL, strict=True))
-        prompts = [sample.prompt_ids for sample in samples]
-        leaves_BW, logps_BWL = beam(self.model, self.trie, prompts, sampling.group_size, sampling.temperature)
-        paths = self.decoder.paths
-        first_leaf = self.decoder.trie.level_start[-2]
+    def _batch(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        width, temperature, version = sampling.group_size, sampling.temperature, self.policy_version
+        if sampling.sampler == "beam":
+            leaves, logps = beam(self.model, self.trie, [sample.prompt_ids for sample in samples], width, temperature)
+            return self.decoder.groups_of_leaves(samples, leaves, logps, policy_version=version)
+        if sampling.sampler == "unique":
+            found = draw_distinct(self.model, self.trie, samples, width, sampling.seed, temperature)
+            return self.decoder.groups_of_leaves(samples, *found, policy_version=version)
+        tokens_BGL, logps_BGL = draw(self.model, self.trie, samples, sampling)
         return [
-            (paths[leaves[leaves >= 0] - first_leaf], logps[leaves >= 0])
-            for leaves, logps in zip(leaves_BW, logps_BWL, strict=True)
+            self.decoder.group(sample, tokens, logps, sampling.constrained, version)
+            for sample, tokens, logps in zip(samples, tokens_BGL, logps_BGL, strict=True)
         ]

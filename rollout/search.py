@@ -10,7 +10,8 @@ C children.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,9 +38,11 @@ class TreeDecoder:
         self.cache = DynamicCache()
         self.ancestors_BWS = torch.zeros((len(prompts), 1, 0), dtype=torch.bool, device=device)
         self.depth = 0
+        self.started = False
 
     def prefill(self) -> torch.Tensor:
         """Compute the prompts; returns the logits [B, V] of the token after each."""
+        self.started = True
         positions = (self.prompt_mask_BP.cumsum(dim=1) - 1).clamp(min=0)
         return self._forward(self.prompt_ids_BP, self.prompt_mask_BP.long(), positions)[:, -1]
 
@@ -134,29 +137,151 @@ def beam(
         leaf nodes int64 [B, W], -1 where the catalogue has fewer items, and log-probabilities float32 [B, W, L] of each
         item's tokens.
     """
-    batch = len(prompts)
-    decoder = TreeDecoder(model, prompts)
-    logits_BWV = decoder.prefill()[:, None]
-    device = logits_BWV.device
+    return likeliest(_expander(model, trie, prompts, temperature), trie, len(prompts), width)
+
+
+@torch.no_grad()
+def draw_distinct(
+    model: PreTrainedModel, trie: TorchTrie, samples: Sequence[Sample], width: int, seed: int, temperature: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`width` distinct items drawn without replacement, in drawn order; see `distinct`.
+
+    Returns:
+        leaf nodes int64 [B, W] (-1 where the catalogue has fewer items), log-probabilities float32 [B, W, L] of each
+        item's tokens, and log inclusion probabilities float64 [B, W].
+    """
+    prompts = [sample.prompt_ids for sample in samples]
+    return distinct(_expander(model, trie, prompts, temperature), trie, samples, width, seed)
+
+
+Expander = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(nodes [B, W], parents [B, W], alive [B, W]) -> log-probabilities [B·W, C] of the nodes' children, and the children.
+
+`parents` says which branch of the last call each node continues; branches that are not alive may give anything.
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came back with.
+
+    Attributes:
+        leaves_BW: leaf nodes, best key first; -1 where there are fewer items.
+        logps_BWL: log-probabilities of each item's tokens.
+        keys_BW: what they were ranked by.
+    """
+
+    leaves_BW: np.ndarray
+    logps_BWL: np.ndarray
+    keys_BW: np.ndarray
+
+
+def widen(
+    expand: Expander,
+    trie: TorchTrie,
+    root_B1: torch.Tensor,
+    width: int,
+    rank: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Found:
+    """Level by level, keep the `width` branches of highest key.
+
+    Args:
+        expand: gives the log-probabilities of children.
+        trie: the catalogue.
+        root_B1: key of each prompt's root, float64.
+        width: branches to keep.
+        rank: (log-probabilities of the children's paths [B, W, C], keys of their parents [B, W]) -> keys [B, W, C].
+    """
+    batch, device, keys_BW = len(root_B1), root_B1.device, root_B1
     nodes_BW = torch.zeros((batch, 1), dtype=torch.long, device=device)
     scores_BW = torch.zeros((batch, 1), device=device)
     history_BWL = torch.zeros((batch, 1, 0), device=device)
     parents_BW = torch.zeros((batch, 1), dtype=torch.long, device=device)
-    for level in range(trie.trie.depth):
-        if level:
-            logits_BWV = decoder.extend(trie.token_of[nodes_BW], parents_BW)
+    for _ in range(trie.trie.depth):
         now = nodes_BW.shape[1]
-        logps_NC, child_NC = trie.child_logps(logits_BWV.reshape(batch * now, -1) / temperature, nodes_BW.reshape(-1))
+        logps_NC, child_NC = expand(nodes_BW, parents_BW, scores_BW.isfinite())
         wide = logps_NC.shape[1]
-        total = (scores_BW[:, :, None] + logps_NC.view(batch, now, wide)).view(batch, -1)
-        scores_BW, flat_BW = total.topk(min(width, total.shape[1]), dim=1)
+        total_BWC = scores_BW[:, :, None] + logps_NC.view(batch, now, wide)
+        all_keys = rank(total_BWC, keys_BW).reshape(batch, -1)
+        keys_BW, flat_BW = all_keys.topk(min(width, all_keys.shape[1]), dim=1)
         # Places beyond the last legal path carry -inf: drop them where no prompt needs them, mark them at the end.
-        needed = max(int(scores_BW.isfinite().sum(dim=1).max()), 1)
-        scores_BW, flat_BW = scores_BW[:, :needed], flat_BW[:, :needed]
+        needed = max(int(keys_BW.isfinite().sum(dim=1).max()), 1)
+        keys_BW, flat_BW = keys_BW[:, :needed].double(), flat_BW[:, :needed]
+        scores_BW = total_BWC.view(batch, -1).gather(1, flat_BW)
         step_BW = logps_NC.view(batch, -1).gather(1, flat_BW)
         nodes_BW = child_NC.view(batch, -1).gather(1, flat_BW)
         parents_BW = flat_BW // wide
         past = history_BWL.gather(1, parents_BW[:, :, None].expand(-1, -1, history_BWL.shape[2]))
         history_BWL = torch.cat([past, step_BW[:, :, None]], dim=2)
     leaves = torch.where(scores_BW.isfinite(), nodes_BW, -1)
-    return leaves.cpu().numpy(), history_BWL.cpu().numpy()
+    return Found(leaves.cpu().numpy(), history_BWL.cpu().numpy(), keys_BW.cpu().numpy())
+
+
+def likeliest(expand: Expander, trie: TorchTrie, batch: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Beam search: leaf nodes [B, W] and log-probabilities of tokens [B, W, L], likeliest first."""
+    root_B1 = torch.zeros((batch, 1), dtype=torch.float64, device=trie.token_of.device)
+    found = widen(expand, trie, root_B1, width, lambda total_BWC, _: total_BWC)
+    return found.leaves_BW, found.logps_BWL
+
+
+def distinct(
+    expand: Expander, trie: TorchTrie, samples: Sequence[Sample], width: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items without replacement: stochastic beam search, Gumbel-top-k over the trie (Kool et al., arXiv 1903.06059).
+
+    Each item's log-probability is perturbed by Gumbel noise, and the `width` largest are kept: exactly draws one after
+    the other from what is left, likeliest first to appear. The noise of an inner node is the maximum of its leaves', so
+    children are drawn given that maximum (appendix B.3 there), and only branches that can win are ever looked at.
+
+    An item is among the drawn ones, given the largest perturbed value κ that was not, with probability
+    q = 1 - exp(-exp(log p - κ)); Σ p / q · f over the drawn items is an unbiased estimate of Σ p · f over all (eq. 12).
+
+    Returns:
+        leaf nodes [B, W], log-probabilities of tokens [B, W, L] and log q [B, W], all in drawn order.
+    """
+    generators = [np.random.default_rng(sample_seed(seed, sample)) for sample in samples]
+
+    def rank(total_BWC: torch.Tensor, keys_BW: torch.Tensor) -> torch.Tensor:
+        # The noise of a prompt must not depend on how wide its neighbours' nodes are: as many numbers as it needs.
+        legal_BWC = total_BWC.isfinite()
+        noise_BWC = torch.zeros(total_BWC.shape, dtype=torch.float64)
+        for row, generator in enumerate(generators):
+            legal = legal_BWC[row].cpu()
+            noise_BWC[row][legal] = torch.from_numpy(generator.gumbel(size=int(legal.sum())))
+        free_BWC = (total_BWC.double() + noise_BWC.to(total_BWC.device)).masked_fill(~legal_BWC, float("-inf"))
+        most_BW1 = free_BWC.max(dim=2, keepdim=True).values
+        key_BW1 = keys_BW[:, :, None]
+        # -log(exp(-key) - exp(-most) + exp(-free)) without overflow
+        v_BWC = key_BW1 - free_BWC + torch.log1p(-torch.exp(free_BWC - most_BW1))
+        given_BWC = key_BW1 - v_BWC.clamp(min=0) - torch.log1p(torch.exp(-v_BWC.abs()))
+        return given_BWC.masked_fill(~legal_BWC, float("-inf"))
+
+    root_B1 = torch.tensor([[generator.gumbel()] for generator in generators], dtype=torch.float64)
+    found = widen(expand, trie, root_B1.to(trie.token_of.device), width + 1, rank)
+    leaves_BW, logps_BWL, keys_BW = (array[:, :width] for array in (found.leaves_BW, found.logps_BWL, found.keys_BW))
+    if found.leaves_BW.shape[1] > width:
+        kappa_B1 = found.keys_BW[:, width:]
+        with np.errstate(invalid="ignore", over="ignore"):
+            rate_BW = np.exp(logps_BWL.sum(axis=2, dtype=np.float64) - kappa_B1)  # infinite where nothing was left out
+        inclusion_BW = np.log(-np.expm1(-rate_BW))
+    else:
+        inclusion_BW = np.zeros(keys_BW.shape)
+    return leaves_BW, logps_BWL, np.where(leaves_BW >= 0, inclusion_BW, 0.0)
+
+
+def _expander(
+    model: PreTrainedModel, trie: TorchTrie, prompts: Sequence[Sequence[int]], temperature: float
+) -> Expander:
+    """Children by the tree decoder: prompts computed once, then a token a branch."""
+    decoder = TreeDecoder(model, prompts)
+
+    def expand(
+        nodes_BW: torch.Tensor, parents_BW: torch.Tensor, alive_BW: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if decoder.started:
+            logits_BWV = decoder.extend(trie.token_of[nodes_BW], parents_BW)
+        else:
+            logits_BWV = decoder.prefill()[:, None]
+        return trie.child_logps(logits_BWV.flatten(0, 1) / temperature, nodes_BW.reshape(-1))
+
+    return expand

@@ -68,7 +68,7 @@ class Sample:
         return self.record.gains
 
 
-Sampler = Literal["sample", "beam", "greedy"]
+Sampler = Literal["sample", "beam", "unique", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Sampling:
     Attributes:
         group_size: rollouts per sample, G.
         sampler: `sample` draws G independent items, `beam` lists the G most likely distinct items, best first
-            (fewer when the catalogue has fewer), `greedy` takes the likeliest token each step.
+            (fewer when the catalogue has fewer), `unique` draws G distinct items without replacement, in drawn order
+            (fewer likewise), `greedy` takes the likeliest token each step.
         temperature: logits are divided by it before the softmax; > 0, and 1 for greedy, which does not depend on it.
         constrained: True restricts every SID position to the trie's children; False leaves the whole vocabulary.
         seed: seeds every draw; the same seed, prompts and weights give the same rollouts.
@@ -95,14 +96,14 @@ class Sampling:
             raise ValueError(f"group_size={self.group_size} must be at least 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be > 0 (take sampler='greedy' for the argmax)")
-        if self.sampler not in ("sample", "beam", "greedy"):
-            raise ValueError(f"sampler={self.sampler!r} must be one of sample, beam, greedy")
+        if self.sampler not in ("sample", "beam", "unique", "greedy"):
+            raise ValueError(f"sampler={self.sampler!r} must be one of sample, beam, unique, greedy")
         if self.sampler == "greedy" and self.temperature != 1.0:
             raise ValueError(
                 f"sampler='greedy' takes the likeliest token at any temperature; temperature={self.temperature}"
             )
-        if self.sampler == "beam" and not self.constrained:
-            raise ValueError("sampler='beam' lists items of the trie; it needs constrained=True")
+        if self.sampler in ("beam", "unique") and not self.constrained:
+            raise ValueError(f"sampler={self.sampler!r} lists items of the trie; it needs constrained=True")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Rollout:
         items: for each of `sids`, the items that share it.
         policy_version: version of the weights that wrote it.
         finish_reason: `item` when a whole item was written, `illegal` when the tokens are no item.
+        logp_inclusion: for items drawn without replacement, the log-probability that this one is in its group (see
+            `rollout.search.distinct`); 0 for all others, which stand in their group whatever the draw.
     """
 
     token_ids: tuple[int, ...]
@@ -126,6 +129,7 @@ class Rollout:
     items: tuple[tuple[int, ...], ...]
     policy_version: int
     finish_reason: Literal["item", "illegal"]
+    logp_inclusion: float = 0.0
 
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.logps_sampler) == len(self.on_trie):

@@ -14,7 +14,8 @@ import torch
 
 from rollout.decode import Decoder
 from rollout.hf_engine import load_policy
-from rollout.search import sample_seed
+from rollout.search import distinct, likeliest, sample_seed
+from rollout.support import TorchTrie
 from rollout.types import RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, merged_weights, require_fit, shapes_of, tied_head
 
@@ -66,6 +67,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gb))
         on_gpu = torch.cuda.is_available()
         self.decoder = decoder
+        self.trie = TorchTrie(decoder.trie)
         self.policy_version = 0
         self._adapter: LoRARequest | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="sidrl-vllm-")
@@ -114,8 +116,8 @@ class VLLMEngine:
 
     def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
         """One group per sample, in order."""
-        if sampling.sampler == "beam":
-            return self._beam(samples, sampling)
+        if sampling.sampler in ("beam", "unique"):
+            return self._search(samples, sampling)
         greedy = sampling.sampler == "greedy"
         width = 1 if greedy else sampling.group_size  # the greedy path is one: computed once, given G times
         depth = self.decoder.trie.depth
@@ -201,31 +203,62 @@ class VLLMEngine:
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         return self.llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)
 
-    def _beam(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
-        """Beams level by level: one call a level for all beams of all prompts, prompts cached by their prefix."""
-        trie, width = self.decoder.trie, sampling.group_size
-        beams: list[list[tuple[float, tuple[int, ...], tuple[float, ...]]]] = [[(0.0, (), ())] for _ in samples]
-        # temperature divides the logits before processed_logprobs are taken, so it shapes the beams' scores as well
-        for level in range(trie.depth):
-            flat = [(row, entry) for row, entries in enumerate(beams) for entry in entries]
-            prompts = [(*samples[row].prompt_ids, *tokens) for row, (_, tokens, _) in flat]
-            most = int(np.diff(trie.first_child[trie.level_start[level] : trie.level_start[level + 1] + 1]).max())
-            params = [
-                self._params(sampling, level, max_tokens=1, temperature=sampling.temperature, logprobs=min(width, most))
-            ] * len(flat)
-            widened: list[list[tuple[float, tuple[int, ...], tuple[float, ...]]]] = [[] for _ in samples]
-            for (row, (score, tokens, logps)), output in zip(flat, self._run(prompts, params), strict=True):
-                for token, entry in output.outputs[0].logprobs[0].items():
-                    if np.isfinite(entry.logprob):
-                        widened[row].append((score + entry.logprob, (*tokens, token), (*logps, entry.logprob)))
-            beams = [sorted(entries, key=lambda entry: -entry[0])[:width] for entries in widened]
-        return [
-            self.decoder.group(
-                sample,
-                np.array([tokens for _, tokens, _ in entries]),
-                np.array([logps for _, _, logps in entries]),
-                True,
-                self.policy_version,
-            )
-            for sample, entries in zip(samples, beams, strict=True)
+    def _search(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        """Beams and draws without replacement, level by level."""
+        levels, width = _Levels(self, samples, sampling), sampling.group_size
+        if sampling.sampler == "beam":
+            found = likeliest(levels, self.trie, len(samples), width)
+            return self.decoder.groups_of_leaves(samples, *found, policy_version=self.policy_version)
+        leaves, logps, inclusion = distinct(levels, self.trie, samples, width, sampling.seed)
+        return self.decoder.groups_of_leaves(samples, leaves, logps, inclusion, policy_version=self.policy_version)
+
+
+class _Levels:
+    """The children's log-probabilities by one call a level for all branches; prompts are cached by their prefix.
+
+    Beams need the likeliest children of a branch only, draws without replacement need all.
+    """
+
+    def __init__(self, engine: VLLMEngine, samples: Sequence[Sample], sampling: Sampling) -> None:
+        self.engine, self.samples, self.sampling = engine, samples, sampling
+        self.paths: list[list[tuple[int, ...]]] = []
+
+    def __call__(
+        self, nodes_BW: torch.Tensor, parents_BW: torch.Tensor, alive_BW: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        trie, nodes_N = self.engine.trie, nodes_BW.reshape(-1)
+        self._grow(nodes_BW, parents_BW)
+        child_NC, _ = trie.children(nodes_N)
+        most = child_NC.shape[1]
+        # The temperature divides the logits before processed_logprobs are taken.
+        params = self.engine._params(
+            self.sampling,
+            len(self.paths[0][0]),
+            max_tokens=1,
+            temperature=self.sampling.temperature,
+            logprobs=most if self.sampling.sampler == "unique" else min(self.sampling.group_size, most),
+        )
+        alive_N = alive_BW.reshape(-1).nonzero()[:, 0]
+        branches = [(sample, path) for sample, paths in zip(self.samples, self.paths, strict=True) for path in paths]
+        prompts = [(*branches[n][0].prompt_ids, *branches[n][1]) for n in alive_N.tolist()]
+        given = [output.outputs[0].logprobs[0] for output in self.engine._run(prompts, [params] * len(prompts))]
+        counts = torch.tensor([len(entries) for entries in given])
+        tokens_E = torch.tensor([token for entries in given for token in entries])
+        values_E = torch.tensor([entry.logprob for entries in given for entry in entries.values()])
+        owners_E = alive_N.repeat_interleave(counts)
+        child_E = trie.find(nodes_N[owners_E], tokens_E)
+        legal_E = values_E.isfinite() & (child_E >= 0)
+        logps_NC = torch.full(child_NC.shape, float("-inf"))
+        owners_E, child_E = owners_E[legal_E], child_E[legal_E]
+        logps_NC[owners_E, child_E - child_NC[owners_E, 0]] = values_E[legal_E]
+        return logps_NC, child_NC
+
+    def _grow(self, nodes_BW: torch.Tensor, parents_BW: torch.Tensor) -> None:
+        if not self.paths:
+            self.paths = [[()] for _ in self.samples]
+            return
+        tokens_BW = self.engine.trie.token_of[nodes_BW].tolist()
+        self.paths = [
+            [(*paths[parent], token) for parent, token in zip(parents, tokens, strict=True)]
+            for paths, parents, tokens in zip(self.paths, parents_BW.tolist(), tokens_BW, strict=True)
         ]

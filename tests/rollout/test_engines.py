@@ -37,6 +37,7 @@ SAMPLINGS = [
     pytest.param(Sampling(6, temperature=0.6, seed=1), id="cool"),
     pytest.param(Sampling(6, temperature=1.7, seed=1), id="hot"),
     pytest.param(Sampling(2, "greedy"), id="greedy"),
+    pytest.param(Sampling(6, "unique", temperature=1.3, seed=1), id="unique"),
     pytest.param(Sampling(5, "beam"), id="beam"),
     pytest.param(Sampling(5, "beam", temperature=0.6), id="cool beam"),
     pytest.param(Sampling(6, constrained=False, seed=1), id="whole vocabulary"),
@@ -160,6 +161,7 @@ def test_draws_of_a_group_differ(engine: Engine, tiny_samples: list[Sample]) -> 
 def test_no_samples(engine: Engine) -> None:
     assert engine.generate([], Sampling(2)) == []
     assert engine.generate([], Sampling(2, "beam")) == []
+    assert engine.generate([], Sampling(2, "unique")) == []
 
 
 @BOTH
@@ -183,8 +185,10 @@ def test_whole_vocabulary_gives_illegal_ones(engine: Engine, tiny_samples: list[
         Sampling(1, "beam"),
         Sampling(9, "beam"),
         Sampling(500, "beam"),
+        Sampling(9, "unique", seed=4),
+        Sampling(1, "unique", temperature=2.0),
     ],
-    ids=["greedy", "greedy over the vocabulary", "beam 1", "beam 9", "beam of all items"],
+    ids=["greedy", "greedy over the vocabulary", "beam 1", "beam 9", "beam of all items", "unique 9", "unique 1"],
 )
 def test_same_lists(
     hf_engine: HFEngine, vllm_engine: VLLMEngine, sampling: Sampling, tiny_samples: list[Sample]
