@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.keys import leaf_types, suggestion
 from configs.passthrough import grpo_fields, lora_fields, lora_reason, trl_reason
-from configs.schema import CriticConfig, RunConfig
+from configs.schema import CriticConfig, RLConfig, RunConfig
 
 
 class ConfigError(ValueError):
@@ -96,6 +96,7 @@ RANGES: dict[str, Range] = {
     "rl.average_decay": SHARE_BELOW_1,
     "rl.sft_coef": NOT_NEGATIVE,
     "rl.prefix_credit": NOT_NEGATIVE,
+    "rl.ranking_length": COUNT,
     "rl.clip_low": SHARE_BELOW_1,
     "rl.clip_high": NOT_NEGATIVE,
     "rl.max_grad_norm": NOT_NEGATIVE,
@@ -147,7 +148,7 @@ VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError with every problem of `config`, each naming its settings and their values."""
-    parts = (_ranges, _texts, _prompt, _warmup, _rollout, _rewards, _policy_update, _critic, _passthrough)
+    parts = (_ranges, _texts, _prompt, _warmup, _rollout, _rewards, _policy_update, _critic, _ranking, _passthrough)
     problems = [problem for part in parts for problem in part(config)]
     if problems:
         raise ConfigError(problems)
@@ -259,6 +260,19 @@ def _critic(config: RunConfig) -> Iterator[str]:
     width, heads = config.critic.hidden_size, config.critic.heads
     if width >= 1 and heads >= 1 and (width % heads or width // heads % 2):
         yield f"critic.hidden_size={width} must be an even multiple of critic.heads={heads}"
+
+
+def _ranking(config: RunConfig) -> Iterator[str]:
+    rl, default = config.rl, RLConfig()
+    if config.algo != "pl":
+        if rl.ranking_length != default.ranking_length:
+            yield f"rl.ranking_length={rl.ranking_length} is for algo=pl, and algo={config.algo} draws no rankings"
+        return
+    if config.rollout.sampler != "unique":
+        yield f"algo=pl draws rankings without replacement; rollout.sampler={config.rollout.sampler} must be unique"
+    for name in ("kl_coef", "sft_coef", "prefix_credit", "inject_targets", "support"):
+        if getattr(rl, name) != getattr(default, name):
+            yield f"rl.{name}={getattr(rl, name)} has no meaning for whole rankings (algo=pl): leave it out"
 
 
 def _passthrough(config: RunConfig) -> Iterator[str]:

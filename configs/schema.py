@@ -159,6 +159,7 @@ class RLConfig:
             one more branch of its packed group. Holds the list together while the reward sharpens its top.
         prefix_credit: Reward paid at each level of an item but the last on which its codes so far are still those of a
             target. Advantages then are per token, of what is still to be earned.
+        ranking_length: Items of a ranking of `--algo pl` where the row names no candidates.
         support: Distribution of policy and reference at SID positions: trie (what is sampled and deployed) or full
             (the whole vocabulary, as peers do; biased, for comparison).
         packing: Compute a group's prompt once, its completions beside each other under a tree attention mask; false
@@ -184,6 +185,7 @@ class RLConfig:
     inject_targets: bool = False
     sft_coef: float = 0.0
     prefix_credit: float = 0.0
+    ranking_length: int = 10
     support: Literal["trie", "full"] = "trie"
     packing: bool = True
     max_grad_norm: float = 1.0
@@ -322,7 +324,7 @@ class RunConfig:
         trl: Any other field of `trl.GRPOConfig`.
     """
 
-    algo: Literal["grpo", "dr_grpo", "rloo", "gspo", "cispo", "dapo", "gpg", "ppo"] = "grpo"
+    algo: Literal["grpo", "dr_grpo", "rloo", "gspo", "cispo", "dapo", "gpg", "ppo", "pl"] = "grpo"
     output_dir: str | None = None
     resume: str | None = None
     seed: int = 0

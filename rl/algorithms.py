@@ -98,7 +98,11 @@ PPO = Algorithm("ppo", "bnpo")
 """PPO (arXiv 1707.06347, eq. 7): the clipped ratio with advantages per token from a critic (`rl/trl_ppo.py`), averaged
 over tokens. Reference values: clip .2, GAE λ .95, γ 1 for language models, value coefficient .5 (.1 in InstructGPT)."""
 
-ALGORITHMS = {algorithm.name: algorithm for algorithm in (GRPO, DR_GRPO, RLOO, GSPO, CISPO, DAPO, GPG, PPO)}
+PL = Algorithm("pl", "grpo", baseline="leave_one_out")
+"""PL (`rl/trl_ranking.py`): a rollout is a whole ranking, drawn from the Plackett-Luce model of item probabilities,
+log π(σ) = Σ_r log(p_σ(r) / (1 - Σ_{j<r} p_σ(j))); the clipped ratio is that of rankings. Reference value: clip .2."""
+
+ALGORITHMS = {algorithm.name: algorithm for algorithm in (GRPO, DR_GRPO, RLOO, GSPO, CISPO, DAPO, GPG, PPO, PL)}
 
 
 def without_signal(rewards_PG: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from transformers import PreTrainedModel
 
 from configs.load import parse_run
 from configs.schema import RunConfig
+from rl.batch import BatchScorer
 from rl.cache import write_json
+from rl.candidates import rank_candidates
 from rl.metrics import EvalResult, evaluate_lists
 from rl.progress import Progress, console, fail_clearly
 from rl.quiet import quiet_libraries
@@ -53,14 +56,29 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel, task: Task, config: RunConfig, split: str, progress: Progress, phase: str = "evaluate"
 ) -> Evaluation:
-    """Beam search of `eval.beam_width` for the rows of a split, scored at item and Sid level."""
+    """Beam search of `eval.beam_width` for the rows of a split, scored at item and Sid level.
+
+    The list of a row with candidates is these, ranked by their exact log-probabilities.
+    """
     start = time.perf_counter()
     settings = config.eval
     samples = task.samples[split][: settings.max_samples or None]
     was_training = model.training
     model.eval()
     engine = HFEngine(model, task.decoder, max_batch_prompts=settings.batch_prompts)
-    lists = beam_lists(engine, samples, config, progress, phase)
+    lists: list[list[int]] = [[] for _ in samples]
+    free, restricted = (
+        [row for row, sample in enumerate(samples) if (sample.record.candidates is not None) == given]
+        for given in (False, True)
+    )
+    for row, sids in zip(
+        free, beam_lists(engine, [samples[row] for row in free], config, progress, phase), strict=True
+    ):
+        lists[row] = sids
+    scorer = BatchScorer(task, config, engine.trie, nullcontext)
+    ranked = rank_candidates(model, scorer, [samples[row] for row in restricted], settings.batch_prompts)
+    for row, sids in zip(restricted, ranked, strict=True):
+        lists[row] = sids
     listed = np.concatenate([np.asarray(ranked) for ranked in lists])
     free = samples[: settings.unconstrained_samples]
     groups = engine.generate(

@@ -157,10 +157,13 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
     except ValueError as error:
         raise ValueError(f"model.path={model_path}: {error}") from error
     decoder = Decoder.build(world.catalog, vocab, model_config.get_text_config().vocab_size)
-    if config.rollout.sampler in ("beam", "unique") and decoder.trie.num_leaves < config.rollout.group_size:
+    asked, setting = config.rollout.group_size, "rollout.group_size"
+    if config.algo == "pl":
+        asked, setting = config.rl.ranking_length, "rl.ranking_length"
+    if config.rollout.sampler in ("beam", "unique") and decoder.trie.num_leaves < asked:
         raise ValueError(
-            f"rollout.group_size={config.rollout.group_size} distinct items are asked of a catalogue of "
-            f"{decoder.trie.num_leaves} Sids (rollout.sampler={config.rollout.sampler})"
+            f"{setting}={asked} distinct items are asked of a catalogue of {decoder.trie.num_leaves} Sids "
+            f"(rollout.sampler={config.rollout.sampler})"
         )
     rl_records, _ = rl_and_warmup_rows(config, world)
     skipped = len(world.problems)
@@ -168,12 +171,15 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
     for split, records in {**world.splits, "train": rl_records}.items():
         samples[split], dropped = tokenise(config, world, tokenizer, list(records))
         skipped += dropped
-    restricted = next((s for split in samples.values() for s in split if s.record.candidates is not None), None)
-    if restricted:
+    restricted = next((sample for sample in samples["train"] if sample.record.candidates is not None), None)
+    if restricted and config.algo != "pl":
         raise DataError(
-            f"{restricted.record.source}: restricts its candidates, and rollouts draw from the whole catalogue; "
-            "drop the column `candidates`"
+            f"{restricted.record.source}: restricts its candidates, and rollouts of algo={config.algo} draw from the "
+            "whole catalogue; drop the column `candidates`, or take algo=pl"
         )
+    for sample in (sample for split in samples.values() for sample in split if sample.record.candidates is not None):
+        if not set(sample.targets) & set(sample.record.candidates or ()):
+            raise DataError(f"{sample.record.source}: none of the targets is among the candidates")
     rewards = RewardSet(config.rewards, world.catalog)
     if skipped:
         say(f"skipped {skipped} bad rows (data.on_bad_rows=skip)")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from configs.schema import RunConfig
 from rl.trl_ppo import PPOTrainer
+from rl.trl_ranking import RankingTrainer
 from rl.trl_trainer import SidTrainer
 
-TRAINERS: dict[str, type[SidTrainer]] = {"ppo": PPOTrainer}
+TRAINERS: dict[str, type[SidTrainer]] = {"ppo": PPOTrainer, "pl": RankingTrainer}
 """Algorithms that need more than SidTrainer."""
 
 

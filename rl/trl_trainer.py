@@ -162,8 +162,7 @@ class SidTrainer(GRPOTrainer):
     def generate(self, samples: list[Sample], again: int = 0) -> list[RolloutGroup]:
         """G rollouts for each sample, of the current policy version; `again` counts further draws of one step."""
         rollout = self.config.rollout
-        seed = (self.config.seed * 1_000_003 + self.state.global_step) * 1_009 + again
-        sampling = Sampling(rollout.group_size, rollout.sampler, rollout.temperature, seed=seed)
+        sampling = Sampling(rollout.group_size, rollout.sampler, rollout.temperature, seed=self.draw_seed(again))
         with self.phase("rollout"):
             groups = self.fleet.generate(samples, sampling)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -245,8 +244,8 @@ class SidTrainer(GRPOTrainer):
             return self.scorer.logps(self.model, batch)
 
     def policy_logps(self, groups: Sequence[RolloutGroup]) -> np.ndarray:
-        """The policy's log-probabilities [N, T] of groups of one rollout."""
-        return self.scorer.logps(self.model, self.scorer.batch(groups), group=1).cpu().numpy()
+        """The policy's log-probabilities [B, T] of the rollouts of groups of equal size."""
+        return self.scorer.logps(self.model, self.scorer.batch(groups), len(groups[0])).cpu().numpy()
 
     def drawn_targets(self, groups: Sequence[RolloutGroup]) -> list[int]:
         """One target item for each group, the same ones however often it is asked in a step."""
@@ -279,11 +278,7 @@ class SidTrainer(GRPOTrainer):
             further = self.further_loss(inputs, self._scores, target_logps_MT)
             if further is not None:
                 loss = loss + further / self.current_gradient_accumulation_steps
-            if (
-                self._step % (self.args.steps_per_generation * self.num_iterations)
-                < self.args.gradient_accumulation_steps
-            ):
-                # No update since these rollouts were drawn: policy and sampler should be one distribution.
+            if self.first_pass:
                 gap = (self._scores.logps_BT.detach() - inputs["sampler_logps"]) * inputs["completion_mask"]
                 self._ratio_errors.append(float(gap.exp().sub(1).abs().max()))
         return loss
@@ -369,6 +364,16 @@ class SidTrainer(GRPOTrainer):
     def policy(self) -> PreTrainedModel | PeftModel:
         """The model without accelerate's wrapping."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def first_pass(self) -> bool:
+        """No update since these rollouts were drawn: policy and sampler should be one distribution."""
+        every = self.args.steps_per_generation * self.num_iterations
+        return self._step % every < self.args.gradient_accumulation_steps
+
+    def draw_seed(self, again: int) -> int:
+        """Seed of this step's draws; `again` counts further ones."""
+        return (self.config.seed * 1_000_003 + self.state.global_step) * 1_009 + again
 
     def note(self, name: str, value: float) -> None:
         """A metric of this step; TRL averages what is noted more than once."""

@@ -205,6 +205,8 @@ class VLLMEngine:
 
     def _search(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
         """Beams and draws without replacement, level by level."""
+        if not samples:
+            return []
         levels, width = _Levels(self, samples, sampling), sampling.group_size
         if sampling.sampler == "beam":
             found = likeliest(levels, self.trie, len(samples), width)

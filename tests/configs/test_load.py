@@ -135,7 +135,7 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path) -> None:
         (["--seed", "true"], "command line: seed='true' must be an integer"),
         (
             ["--algo", "gpro"],
-            "command line: algo='gpro' must be one of grpo, dr_grpo, rloo, gspo, cispo, dapo, gpg, ppo; "
+            "command line: algo='gpro' must be one of grpo, dr_grpo, rloo, gspo, cispo, dapo, gpg, ppo, pl; "
             "did you mean gspo or grpo?",
         ),
         (
