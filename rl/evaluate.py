@@ -67,26 +67,21 @@ def evaluate(
     model.eval()
     engine = HFEngine(model, task.decoder, max_batch_prompts=settings.batch_prompts)
     lists: list[list[int]] = [[] for _ in samples]
-    free, restricted = (
-        [row for row, sample in enumerate(samples) if (sample.record.candidates is not None) == given]
-        for given in (False, True)
-    )
-    for row, sids in zip(
-        free, beam_lists(engine, [samples[row] for row in free], config, progress, phase), strict=True
-    ):
-        lists[row] = sids
+    whole = [row for row, sample in enumerate(samples) if sample.record.candidates is None]
+    beams = beam_lists(engine, [samples[row] for row in whole], config, progress, phase)
+    restricted = [row for row, sample in enumerate(samples) if sample.record.candidates is not None]
     scorer = BatchScorer(task, config, engine.trie, nullcontext)
     ranked = rank_candidates(model, scorer, [samples[row] for row in restricted], settings.batch_prompts)
-    for row, sids in zip(restricted, ranked, strict=True):
+    for row, sids in zip([*whole, *restricted], [*beams, *ranked], strict=True):
         lists[row] = sids
-    listed = np.concatenate([np.asarray(ranked) for ranked in lists])
+    listed = np.concatenate([np.asarray(sids) for sids in lists])
     free = samples[: settings.unconstrained_samples]
     groups = engine.generate(
         free, Sampling(1, temperature=config.rollout.temperature, constrained=False, seed=config.seed)
     )
     model.train(was_training)
     result = evaluate_lists(
-        [[sid for sid in ranked if sid >= 0] for ranked in lists],
+        [[sid for sid in sids if sid >= 0] for sids in lists],
         [sample.targets for sample in samples],
         [sample.gains for sample in samples],
         task.decoder.catalog,

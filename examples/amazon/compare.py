@@ -5,7 +5,8 @@
 
 Every run starts from the warm policy of its seed, which has a split of users of its own: SFT on 60 % of them, stopped
 early on valid, then the recipe on the rows of the other 40 %. Recipes stand in `recipes.yaml` beside this file.
-Finished runs are read again, broken-off ones continued. Options that this script does not know go to every run.
+Finished runs are read again, broken-off ones continued. Options that this script does not know go to every run. Other
+recipes on another configuration: --config and --file (`examples/demo/algorithms.yaml` for the demo world).
 """
 
 from __future__ import annotations
@@ -35,27 +36,32 @@ Summary = dict[str, Any]
 
 def main() -> None:
     """Run what is missing, then print a Markdown table."""
-    recipes = yaml.safe_load((HERE / "recipes.yaml").read_text())
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="rows that the table is about")
-    parser.add_argument("--recipes", nargs="+", choices=list(recipes), default=list(recipes), metavar="NAME")
+    parser.add_argument("--file", type=Path, default=HERE / "recipes.yaml", help="the recipes")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="what they are put on top of")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="some of them; all if left out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the CPUs")
     parser.add_argument("--folder", type=Path, default=Path("runs/amazon"))
     known, options = parser.parse_known_args()
-    jobs = [(name, seed) for name in known.recipes for seed in known.seeds]
+    recipes = yaml.safe_load(known.file.read_text())
+    names = known.recipes or list(recipes)
+    if unknown := sorted(set(names) - set(recipes)):
+        raise ValueError(f"--recipes {' '.join(unknown)}: {known.file} has {', '.join(recipes)}")
+    jobs = [(name, seed) for name in names for seed in known.seeds]
 
     def job(name_and_seed: tuple[str, int]) -> Summary:
         name, seed = name_and_seed
         folder = known.folder / known.split / name / f"seed{seed}"
         given = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in recipes[name]["options"].items()]
-        more = [f"--eval.split={known.split}", f"--seed={seed}", *given, *options]
+        more = ["--config", str(known.config), f"--eval.split={known.split}", f"--seed={seed}", *given, *options]
         return run(folder, more, threads=max(1, (os.cpu_count() or 1) // known.jobs))
 
     with ThreadPoolExecutor(known.jobs) as pool:
         done = dict(zip(jobs, pool.map(job, jobs), strict=True))
-    print(table({name: [done[name, seed] for seed in known.seeds] for name in known.recipes}))
-    for name in known.recipes:
+    print(table({name: [done[name, seed] for seed in known.seeds] for name in names}))
+    for name in names:
         print(f"- `{name}`: {recipes[name]['about']}")
 
 
@@ -69,7 +75,7 @@ def run(folder: Path, options: list[str], threads: int) -> Summary:
     if not summary.exists():
         folder.mkdir(parents=True, exist_ok=True)
         where = "--resume" if (folder / "config.yaml").exists() else "--output_dir"
-        command = [sys.executable, "-m", "rl.train", "--config", str(CONFIG), where, str(folder), *options]
+        command = [sys.executable, "-m", "rl.train", where, str(folder), *options]
         with (folder / "log.txt").open("a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
