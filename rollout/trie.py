@@ -29,7 +29,8 @@ class SidTrie:
         edges: per depth d >= 1, the label of the edge into each node of that depth, ascending among siblings, stored
             relative to `bases[d - 1]` in the smallest unsigned type that holds it.
         bases: int64 [L]; smallest token id of each level.
-        row_of_leaf: int32 [leaves]; first input path that ends at each leaf (the sid index for a catalogue's trie).
+        leaf_rows: int32 [leaves]; first input path that ends at each leaf (the sid index for a catalogue's trie). Empty
+            where leaf i is path i, as for the sorted, distinct paths of a catalogue.
         vocab_size: number of token ids of the model; every edge is below it.
     """
 
@@ -37,7 +38,7 @@ class SidTrie:
     first_child: np.ndarray
     edges: tuple[np.ndarray, ...]
     bases: np.ndarray
-    row_of_leaf: np.ndarray
+    leaf_rows: np.ndarray
     vocab_size: int
 
     @classmethod
@@ -65,14 +66,14 @@ class SidTrie:
             )
 
         # Already sorted input (the usual case: catalogues keep their Sids sorted) skips the sort.
-        step = np.diff(paths.astype(np.int64), axis=0)
-        first_change = (step != 0).argmax(axis=1) if n > 1 else np.zeros(0, np.int64)
-        increasing = np.take_along_axis(step, first_change[:, None], axis=1)[:, 0] if n > 1 else np.zeros(0)
-        order = np.arange(n) if (increasing >= 0).all() else np.lexsort(paths.T[::-1])
-        ordered = paths[order]
+        is_sorted = _ascending(paths)
+        order = np.arange(n) if is_sorted else np.lexsort(paths.T[::-1])
+        ordered = paths if is_sorted else paths[order]
         fresh = np.ones((n, depth), dtype=bool)  # fresh[i, l]: row i opens a new node at depth l + 1
-        if n > 1:
-            fresh[1:] = np.logical_or.accumulate(ordered[1:] != ordered[:-1], axis=1)
+        for level in range(depth):
+            np.not_equal(ordered[1:, level], ordered[:-1, level], out=fresh[1:, level])
+            if level:
+                fresh[1:, level] |= fresh[1:, level - 1]
 
         counts = fresh.sum(axis=0)
         level_start = np.concatenate([[0, 1], 1 + np.cumsum(counts)]).astype(np.int64)
@@ -86,8 +87,9 @@ class SidTrie:
             begin = (np.cumsum(fresh[:, level]) - 1)[parents_open]
             pointers.append(level_start[level + 1] + begin)
         first_child = np.concatenate([*pointers, [level_start[-1]]]).astype(np.int32)
-        row_of_leaf = order[fresh[:, -1]].astype(np.int32)
-        return cls(level_start, first_child, tuple(edges), bases, row_of_leaf, int(vocab_size))
+        plain = is_sorted and bool(fresh[:, -1].all())
+        leaf_rows = np.empty(0, dtype=np.int32) if plain else order[fresh[:, -1]].astype(np.int32)
+        return cls(level_start, first_child, tuple(edges), bases, leaf_rows, int(vocab_size))
 
     @property
     def depth(self) -> int:
@@ -97,7 +99,12 @@ class SidTrie:
     @property
     def num_leaves(self) -> int:
         """Number of distinct paths."""
-        return len(self.row_of_leaf)
+        return int(self.level_start[-1] - self.level_start[-2])
+
+    @property
+    def row_of_leaf(self) -> np.ndarray:
+        """Input path of each leaf, int32 [leaves]."""
+        return self.leaf_rows if len(self.leaf_rows) else np.arange(self.num_leaves, dtype=np.int32)
 
     @property
     def num_nodes(self) -> int:
@@ -107,7 +114,7 @@ class SidTrie:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = (self.level_start, self.first_child, self.bases, self.row_of_leaf, *self.edges)
+        arrays = (self.level_start, self.first_child, self.bases, self.leaf_rows, *self.edges)
         return sum(array.nbytes for array in arrays)
 
     def level_of(self, nodes_B: np.ndarray) -> np.ndarray:
@@ -207,7 +214,8 @@ class SidTrie:
         leaves_B = np.asarray(leaves_B, dtype=np.int64)
         index = leaves_B - self.level_start[-2]
         leaf = (index >= 0) & (index < self.num_leaves)
-        return np.where(leaf, self.row_of_leaf[np.where(leaf, index, 0)], ILLEGAL)
+        rows = self.leaf_rows[np.where(leaf, index, 0)] if len(self.leaf_rows) else index
+        return np.where(leaf, rows, ILLEGAL)
 
     def paths(self) -> np.ndarray:
         """Token ids of every leaf in order, int64 [leaves, L]."""
@@ -239,7 +247,7 @@ class SidTrie:
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in self._arrays().items():
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
-        header = {"kind": "sidrl.trie", "version": 1, "depth": self.depth, "vocab_size": self.vocab_size}
+        header = {"kind": "sidrl.trie", "version": 2, "depth": self.depth, "vocab_size": self.vocab_size}
         (folder / "trie.json").write_text(json.dumps(header))
 
     @classmethod
@@ -253,11 +261,11 @@ class SidTrie:
                 "level_start",
                 "first_child",
                 "bases",
-                "row_of_leaf",
+                "leaf_rows",
                 *(f"edges_{level}" for level in range(depth)),
             ]
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
-            if header["kind"] != "sidrl.trie" or header["version"] != 1:
+            if header["kind"] != "sidrl.trie" or header["version"] != 2:
                 raise ValueError(f"header says {header}")
         except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} is not a saved trie, or is broken: {error}") from error
@@ -267,7 +275,7 @@ class SidTrie:
             arrays["first_child"],
             edges,
             arrays["bases"],
-            arrays["row_of_leaf"],
+            arrays["leaf_rows"],
             int(header["vocab_size"]),
         )
         sizes = np.diff(trie.level_start)[1:]
@@ -275,7 +283,7 @@ class SidTrie:
             len(trie.bases) != depth
             or [len(e) for e in edges] != sizes.tolist()
             or len(trie.first_child) != trie.level_start[-2] + 1
-            or len(trie.row_of_leaf) != sizes[-1]
+            or len(trie.leaf_rows) not in (0, sizes[-1])
         ):
             raise ValueError(f"{folder}: the arrays of this trie do not fit together; write it again")
         return trie
@@ -285,6 +293,16 @@ class SidTrie:
             "level_start": self.level_start,
             "first_child": self.first_child,
             "bases": self.bases,
-            "row_of_leaf": self.row_of_leaf,
+            "leaf_rows": self.leaf_rows,
         }
         return named | {f"edges_{level}": edges for level, edges in enumerate(self.edges)}
+
+
+def _ascending(paths_NL: np.ndarray) -> bool:
+    """Whether paths stand in lexicographic order, equal ones beside each other."""
+    above, below = paths_NL[:-1], paths_NL[1:]
+    good = below[:, -1] >= above[:, -1]
+    for level in reversed(range(paths_NL.shape[1] - 1)):
+        good &= below[:, level] == above[:, level]
+        good |= below[:, level] > above[:, level]
+    return bool(good.all())

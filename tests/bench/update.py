@@ -1,10 +1,12 @@
 """One policy update, ours against TRL's own GRPOTrainer, on the same batch and model, in one process, alternating.
 
     python -m tests.bench.update --prompt 256 --group 16 --groups 4 --vocab 32768
+    python -m tests.bench.update --sweep --groups 1 --picture docs/update_sweep.png
 
 Both sides run the real loss path (`compute_loss`) and `backward`. Ours scores under the trie and packs each group into
 one row; the gradients are compared with ours on the whole vocabulary (`rl.support: full`), which is TRL's distribution.
-The last line is JSON: medians of seconds, their ratio, the gradients' relative difference, peak memory.
+The last line is JSON: medians of seconds, their ratio, the gradients' relative difference, peak memory. `--sweep` goes
+through prompts and group sizes, prints a table and draws seconds against tokens: P + G·C of ours, G·(P + C) of theirs.
 """
 
 from __future__ import annotations
@@ -54,27 +56,70 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sweep", action="store_true", help="measure many prompts and group sizes")
+    parser.add_argument("--picture", type=Path, default=Path("runs/update_sweep.png"), help="where the sweep is drawn")
     options = parser.parse_args()
+    print(json.dumps(sweep(options) if options.sweep else measure(options)))
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds, gradients and memory of both sides at one size."""
     bench = Bench(options)
     difference = bench.gradient_difference()
-    seconds: dict[str, list[float]] = {"ours": [], "trl": []}
-    for _ in range(options.repeats + 1):
-        for side in seconds:
-            seconds[side].append(bench.seconds(side))
+    took = bench.medians(options.repeats)
     peaks = bench.peaks()
-    ours, trl = (statistics.median(seconds[side][1:]) for side in ("ours", "trl"))  # the first of each warms up
-    print(
-        json.dumps(
-            {
-                "ours_s": round(ours, 4),
-                "trl_s": round(trl, 4),
-                "ratio": round(trl / ours, 2),
-                "grad_rel_diff": difference,
-                "ours_peak_mb": round(peaks["ours"], 1),
-                "trl_peak_mb": round(peaks["trl"], 1),
-            }
-        )
-    )
+    return {
+        "ours_s": round(took["ours"], 4),
+        "trl_s": round(took["trl"], 4),
+        "ratio": round(took["trl"] / took["ours"], 2),
+        "grad_rel_diff": difference,
+        "ours_peak_mb": round(peaks["ours"], 1),
+        "trl_peak_mb": round(peaks["trl"], 1),
+    }
+
+
+def sweep(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Seconds of both sides over prompts and group sizes."""
+    rows = []
+    print("| P | G | ours tokens | TRL tokens | ours s | TRL s | ratio |\n|" + " ---: |" * 7)
+    for prompt in (64, 128, 256, 512):
+        for group in (8, 16, 32):
+            took = Bench(argparse.Namespace(**{**vars(options), "prompt": prompt, "group": group})).medians(
+                options.repeats
+            )
+            tokens = options.groups * (prompt + group * COMPLETION), options.groups * group * (prompt + COMPLETION)
+            rows.append({"prompt": prompt, "group": group, "ours_tokens": tokens[0], "trl_tokens": tokens[1], **took})
+            print(
+                f"| {prompt} | {group} | {tokens[0]:,} | {tokens[1]:,} | {took['ours']:.3f} | {took['trl']:.3f} "
+                f"| {took['trl'] / took['ours']:.1f} |",
+                flush=True,
+            )
+    _draw(rows, options.picture)
+    return {"sweep": [{key: round(value, 4) for key, value in row.items()} for row in rows]}
+
+
+def _draw(rows: list[dict[str, float]], picture: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, side, formula in zip(
+        figure.subplots(1, 2), ("ours", "trl"), ("P + G·C tokens a group", "G·(P + C) tokens a group"), strict=True
+    ):
+        tokens, seconds = (np.array([row[key] for row in rows]) for key in (f"{side}_tokens", side))
+        slope, start = np.polyfit(tokens, seconds, 1)
+        line = np.array([0, tokens.max()])
+        axes.plot(line, start + slope * line, color="0.7", zorder=0)
+        axes.scatter(tokens, seconds, color="tab:blue" if side == "ours" else "tab:orange")
+        explained = 1 - ((seconds - start - slope * tokens) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
+        axes.set(xlabel=formula, ylabel="seconds of an update", ylim=0, xlim=0)
+        axes.set_title(f"{'this project' if side == 'ours' else 'TRL'}: linear in tokens, R² {explained:.3f}")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    print(f"drew {picture}")
+
+
+COMPLETION = 3
+"""Tokens of an item in this bench."""
 
 
 class Bench:
@@ -129,6 +174,11 @@ class Bench:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+    def medians(self, repeats: int) -> dict[str, float]:
+        """Median seconds of each side, alternating; the first round warms up."""
+        rounds = [{side: self.seconds(side) for side in self.trainers} for _ in range(repeats + 1)]
+        return {side: statistics.median(one[side] for one in rounds[1:]) for side in self.trainers}
 
     def peaks(self) -> dict[str, float]:
         """Memory in MB that an update takes beyond what was there, by side; measured apart from the seconds."""

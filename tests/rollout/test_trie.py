@@ -278,7 +278,7 @@ def test_subset_refuses() -> None:
 
 def assert_same(one: SidTrie, two: SidTrie) -> None:
     assert one.vocab_size == two.vocab_size and one.depth == two.depth and one.nbytes == two.nbytes
-    for name in ("level_start", "first_child", "bases", "row_of_leaf"):
+    for name in ("level_start", "first_child", "bases", "leaf_rows"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
     for mine, other in zip(one.edges, two.edges, strict=True):
         assert mine.dtype == other.dtype
@@ -291,7 +291,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     trie.save(tmp_path / "new" / "trie")
     loaded = SidTrie.load(tmp_path / "new" / "trie")
     assert_same(trie, loaded)
-    assert all(isinstance(array, np.memmap) for array in (loaded.first_child, loaded.row_of_leaf, *loaded.edges))
+    assert all(isinstance(array, np.memmap) for array in (loaded.first_child, loaded.leaf_rows, *loaded.edges))
     np.testing.assert_array_equal(loaded.walk(paths), trie.walk(paths))
     assert_same(loaded.subset([0, 1]), trie.subset([0, 1]))
     with pytest.raises(ValueError, match="read-only"):
@@ -305,7 +305,7 @@ def test_files_are_plain(tmp_path: Path) -> None:
         assert np.load(file, allow_pickle=False).dtype.kind in "iu"
 
 
-ARRAYS = ["level_start.npy", "first_child.npy", "bases.npy", "row_of_leaf.npy", "edges_0.npy", "edges_1.npy"]
+ARRAYS = ["level_start.npy", "first_child.npy", "bases.npy", "leaf_rows.npy", "edges_0.npy", "edges_1.npy"]
 FILES = [*ARRAYS, "trie.json"]
 
 
@@ -350,7 +350,7 @@ def test_load_refuses_an_absent_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("kind", "x"), ("version", 2), ("depth", 1), ("depth", 3), ("depth", 0), ("depth", None), ("vocab_size", "many")],
+    [("kind", "x"), ("version", 1), ("depth", 1), ("depth", 3), ("depth", 0), ("depth", None), ("vocab_size", "many")],
 )
 def test_load_refuses_a_wrong_header(tmp_path: Path, key: str, value: object) -> None:
     small().save(tmp_path)
@@ -378,7 +378,28 @@ def test_load_refuses_pickles(tmp_path: Path) -> None:
 # --- size
 
 
-def test_bytes_per_item_of_a_million() -> None:
+def test_bytes_per_item_of_a_million(tmp_path: Path) -> None:
+    """A catalogue's paths come sorted: no row of a leaf is stored, and none is read from the file."""
     codes = np.random.default_rng(0).integers(0, 8192, (1_000_000, 3), dtype=np.int32)
-    trie = SidTrie.from_paths(codes + np.array([0, 8192, 16384], dtype=np.int32), 3 * 8192)
-    assert (trie.nbytes - trie.row_of_leaf.nbytes) / trie.num_leaves <= 9
+    paths = np.unique(codes, axis=0) + np.array([0, 8192, 16384], dtype=np.int32)
+    trie = SidTrie.from_paths(paths, 3 * 8192)
+    assert trie.nbytes / trie.num_leaves <= 8.01
+    assert len(trie.leaf_rows) == 0
+    assert trie.row_of_leaf.tolist() == list(range(len(paths)))
+    trie.save(tmp_path)
+    assert_same(SidTrie.load(tmp_path), trie)
+    some = np.arange(0, len(paths), 999)
+    np.testing.assert_array_equal(SidTrie.load(tmp_path).rows(trie.walk(paths[some])[:, -1]), some)
+
+
+@pytest.mark.parametrize("swap", [(0, 1), (2, 3), (5, 6), (0, 7)])
+def test_order_is_seen(swap: tuple[int, int]) -> None:
+    """Two rows out of place, at any level: the leaves' rows are kept."""
+    paths = np.array([(1, 5, 9), (1, 5, 12), (1, 6, 9), (2, 5, 9), (2, 5, 10), (2, 5, 11), (3, 1, 1), (3, 1, 2)])
+    trie = SidTrie.from_paths(paths, 20)
+    assert len(trie.leaf_rows) == 0
+    one, two = swap
+    paths[[one, two]] = paths[[two, one]]
+    mixed = SidTrie.from_paths(paths, 20)
+    np.testing.assert_array_equal(paths[mixed.row_of_leaf], trie.paths())
+    assert mixed.row_of_leaf[one] == two and mixed.row_of_leaf[two] == one
