@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,23 +88,24 @@ class VLLMEngine:
                 "max_num_seqs": CPU_BATCH_SEQUENCES,
             }
         lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 1} if lora_rank else {}
-        self.llm = LLM(
-            model=str(model_path),
-            dtype=("float32" if not on_gpu else "bfloat16") if dtype == "auto" else dtype,
-            enforce_eager=not on_gpu,
-            max_model_len=longest,
-            generation_config="vllm",
-            logprobs_mode="processed_logprobs",
-            max_logprobs=-1,  # a beam asks for as many as it is wide
-            logits_processors=[TrieProcessor],
-            additional_config={TRIE_FOLDER: str(Path(self._folder.name) / "trie")},
-            enable_prefix_caching=True,
-            gpu_memory_utilization=gpu_memory_utilization,
-            trust_remote_code=trust_remote_code,
-            disable_log_stats=True,
-            **start,
-            **lora,
-        )
+        with _readable_modules():
+            self.llm = LLM(
+                model=str(model_path),
+                dtype=("float32" if not on_gpu else "bfloat16") if dtype == "auto" else dtype,
+                enforce_eager=not on_gpu,
+                max_model_len=longest,
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",
+                max_logprobs=-1,  # a beam asks for as many as it is wide
+                logits_processors=[TrieProcessor],
+                additional_config={TRIE_FOLDER: str(Path(self._folder.name) / "trie")},
+                enable_prefix_caching=True,
+                gpu_memory_utilization=gpu_memory_utilization,
+                trust_remote_code=trust_remote_code,
+                disable_log_stats=True,
+                **start,
+                **lora,
+            )
         self._tied: tuple[str, str] | None = None
         if on_gpu:
             config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
@@ -213,6 +216,27 @@ class VLLMEngine:
             return self.decoder.groups_of_leaves(samples, *found, policy_version=self.policy_version)
         leaves, logps, inclusion = distinct(levels, self.trie, samples, width, sampling.seed)
         return self.decoder.groups_of_leaves(samples, leaves, logps, inclusion, policy_version=self.policy_version)
+
+
+@contextmanager
+def _readable_modules() -> Iterator[None]:
+    """Hide modules that vLLM 0.32 cannot read when it starts.
+
+    It asks every attribute of every module for its `__dict__`; llvmlite's library wrapper, which numba brings, takes
+    that for the name of a C function.
+    """
+    hidden = {
+        name: module
+        for name, module in list(sys.modules.items())
+        if name.startswith("llvmlite")
+        and any(not isinstance(getattr(value, "__dict__", {}), Mapping) for value in list(vars(module).values()))
+    }
+    for name in hidden:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        sys.modules.update(hidden)
 
 
 class _Levels:

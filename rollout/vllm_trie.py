@@ -21,6 +21,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
+from rollout.allowed import mask_logits_
 from rollout.support import TorchTrie
 from rollout.trie import SidTrie
 
@@ -98,7 +99,13 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         return logits
 
     def _keep(self, logits: torch.Tensor, rows: np.ndarray, nodes: np.ndarray, depth: int) -> None:
-        """All but the children becomes -inf: their values are taken out, the rows filled, the values put back."""
+        """All but the children becomes -inf: in one pass on the CPU.
+
+        Elsewhere their values are taken out, the rows filled, and the values put back.
+        """
+        if logits.device.type == "cpu" and logits.dtype == torch.float32:
+            mask_logits_(self.trie, logits.numpy(), rows, nodes)
+            return
         row_ids = torch.from_numpy(rows).to(logits.device)
         if depth == 0:  # one support for all rows: the indices broadcast
             index = (row_ids[:, None], torch.from_numpy(self.trie.children(0)).to(logits.device)[None])

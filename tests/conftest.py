@@ -144,6 +144,7 @@ def hf_engine(tiny_policy: Path, tiny_decoder: Decoder) -> HFEngine:
 @pytest.fixture(scope="session")
 def _vllm_session(tiny_policy: Path, tiny_decoder: Decoder) -> VLLMEngine:
     need_vllm()
+    import rollout.kernels  # noqa: F401  (numba is there before vLLM starts, which it would not survive by itself)
     from rollout.vllm_engine import VLLMEngine
 
     return VLLMEngine(str(tiny_policy), tiny_decoder, dtype="float32", max_prompt_tokens=MAX_PROMPT)
