@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from rollout.trie import SidTrie
 
@@ -50,16 +51,26 @@ def allowed_logits(trie: SidTrie, logits_BV: np.ndarray, nodes_B: np.ndarray) ->
     return Allowed(values, offsets, first_B)
 
 
-def mask_logits_(trie: SidTrie, logits_BV: np.ndarray, rows_N: np.ndarray, nodes_N: np.ndarray) -> None:
+def mask_logits_(trie: SidTrie, logits_BV: torch.Tensor, rows_N: np.ndarray, nodes_N: np.ndarray) -> None:
     """Leave the children of each row's node and nothing else, in place; other rows are not touched.
+
+    Their values are taken out, the rows filled by torch (nothing fills memory faster), and the values put back.
 
     Raises:
         ValueError: when a node is a leaf, or nodes are of several levels.
     """
-    from rollout.kernels import keep_children
+    from rollout.kernels import gather_children, scatter_children
 
     starts_N, stops_N, level, base = _edges(trie, nodes_N)
-    keep_children(logits_BV, rows_N, starts_N, stops_N, trie.edges[level], base)
+    offsets = np.concatenate([[0], np.cumsum(stops_N - starts_N)])
+    plain_BV, edges = logits_BV.numpy(), trie.edges[level]
+    values = np.empty(offsets[-1], dtype=plain_BV.dtype)
+    gather_children(plain_BV, rows_N, starts_N, offsets, edges, base, values)
+    if len(rows_N) == len(logits_BV):
+        logits_BV.fill_(float("-inf"))
+    else:
+        logits_BV.index_fill_(0, torch.from_numpy(rows_N), float("-inf"))
+    scatter_children(plain_BV, rows_N, starts_N, offsets, edges, base, values)
 
 
 def _edges(trie: SidTrie, nodes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:

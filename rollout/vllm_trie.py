@@ -104,7 +104,7 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         Elsewhere their values are taken out, the rows filled, and the values put back.
         """
         if logits.device.type == "cpu" and logits.dtype == torch.float32:
-            mask_logits_(self.trie, logits.numpy(), rows, nodes)
+            mask_logits_(self.trie, logits, rows, nodes)
             return
         row_ids = torch.from_numpy(rows).to(logits.device)
         if depth == 0:  # one support for all rows: the indices broadcast

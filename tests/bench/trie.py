@@ -59,7 +59,7 @@ def main() -> None:
 
     scratch = torch.empty_like(logits)
     sides: dict[str, Callable[[], Any]] = {f"step{level}": partial(step, level) for level in range(trie.depth)}
-    sides["mask"] = partial(mask_logits_, trie, scratch.numpy(), rows, nodes[:, trie.depth - 1])
+    sides["mask"] = partial(mask_logits_, trie, scratch, rows, nodes[:, trie.depth - 1])
     sides["fill"] = partial(scratch.fill_, float("-inf"))
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(options.repeats + 1):

@@ -112,6 +112,7 @@ def _draw(rows: list[dict[str, float]], picture: Path) -> None:
         axes.scatter(tokens, seconds, color="tab:blue" if side == "ours" else "tab:orange")
         explained = 1 - ((seconds - start - slope * tokens) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
         axes.set(xlabel=formula, ylabel="seconds of an update", ylim=0, xlim=0)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_title(f"{'this project' if side == 'ours' else 'TRL'}: linear in tokens, R² {explained:.3f}")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,14 +22,20 @@ def world(seed: int, items: int, spread: int) -> tuple[SidTrie, np.ndarray, np.r
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 9999), items=st.integers(1, 60), spread=st.integers(1, 12), level=st.integers(0, 2))
-def test_mask_leaves_the_children(seed: int, items: int, spread: int, level: int) -> None:
+@given(
+    seed=st.integers(0, 9999),
+    items=st.integers(1, 60),
+    spread=st.integers(1, 12),
+    level=st.integers(0, 2),
+    count=st.sampled_from([1, 6, 9]),
+)
+def test_mask_leaves_the_children(seed: int, items: int, spread: int, level: int, count: int) -> None:
     trie, paths, rng = world(seed, items, spread)
     logits = rng.normal(size=(9, VOCAB)).astype(np.float32)
     before, memory = logits.copy(), logits.ctypes.data
-    rows = rng.permutation(9)[:6]
-    prefixes = paths[rng.integers(0, items, 6), :level]
-    mask_logits_(trie, logits, rows, trie.walk(prefixes)[:, -1])
+    rows = rng.permutation(9)[:count]
+    prefixes = paths[rng.integers(0, items, count), :level]
+    mask_logits_(trie, torch.from_numpy(logits), rows, trie.walk(prefixes)[:, -1])
     assert logits.ctypes.data == memory
     for row in set(range(9)) - set(rows.tolist()):
         np.testing.assert_array_equal(logits[row], before[row])
@@ -61,7 +68,7 @@ def test_a_level_without_gaps_is_a_view() -> None:
 
 def test_nodes_that_do_not_fit() -> None:
     trie = SidTrie.from_paths(np.array([(1, 2), (1, 3)]), 5)
-    logits = np.zeros((2, 5), dtype=np.float32)
+    logits = torch.zeros((2, 5))
     for nodes in ([2, 3], [0, 1]):
         with pytest.raises(ValueError, match="interior and of one level"):
             mask_logits_(trie, logits, np.arange(2), np.array(nodes))
