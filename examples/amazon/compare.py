@@ -44,9 +44,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the CPUs")
     parser.add_argument("--folder", type=Path, default=Path("runs/amazon"))
+    parser.add_argument(
+        "--against", metavar="NAME", help="gains over this recipe (same seed) instead of over the start"
+    )
     known, options = parser.parse_known_args()
     recipes = yaml.safe_load(known.file.read_text())
     names = known.recipes or list(recipes)
+    if known.against and known.against not in names:
+        names = [known.against, *names]
     if unknown := sorted(set(names) - set(recipes)):
         raise ValueError(f"--recipes {' '.join(unknown)}: {known.file} has {', '.join(recipes)}")
     jobs = [(name, seed) for name in names for seed in known.seeds]
@@ -60,7 +65,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(known.jobs) as pool:
         done = dict(zip(jobs, pool.map(job, jobs), strict=True))
-    print(table({name: [done[name, seed] for seed in known.seeds] for name in names}))
+    print(table({name: [done[name, seed] for seed in known.seeds] for name in names}, known.against))
     for name in names:
         print(f"- `{name}`: {recipes[name]['about']}")
 
@@ -86,17 +91,21 @@ def run(folder: Path, options: list[str], threads: int) -> Summary:
     return loaded
 
 
-def table(summaries: dict[str, list[Summary]]) -> str:
-    """Means over the seeds, and the gain over the seed's own start in percent with its 95 % interval.
+def table(summaries: dict[str, list[Summary]], against: str | None = None) -> str:
+    """Means over the seeds, and the gain over the seed's own start (or recipe) in percent with its 95 % interval.
 
     The interval is Student's over the seeds: with three of them it is wide.
     """
-    head = ["recipe", *KEYS, *(f"{key} gain %" for key in GAINS), "seconds"]
+    head = ["recipe", *KEYS, *(f"{key} over {against or 'start'} %" for key in GAINS), "seconds"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     starts = next(iter(summaries.values()))
     lines.append(_row("start", [one["before"] for one in starts], ["", "", "", ""]))
     for name, runs in summaries.items():
-        gains = [_interval([100 * (one["after"][key] / one["before"][key] - 1) for one in runs]) for key in GAINS]
+        bases = [one["after"] for one in summaries[against]] if against else [one["before"] for one in runs]
+        gains = [
+            _interval([100 * (one["after"][key] / base[key] - 1) for one, base in zip(runs, bases, strict=True)])
+            for key in GAINS
+        ]
         seconds = f"{np.mean([one['seconds'] for one in runs]):.0f}"
         lines.append(_row(name, [one["after"] for one in runs], [*gains, seconds]))
     return "\n".join(lines)
