@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from configs.keys import leaf_types, suggestion
@@ -169,6 +170,8 @@ def _texts(config: RunConfig) -> Iterator[str]:
     for key in ("model.path", "output_dir", "resume", "ray.address"):
         if _value(config, key) == "":
             yield f"{key}='' must name something; unset it with null"
+    if config.resume and config.output_dir and Path(config.resume).absolute() != Path(config.output_dir).absolute():
+        yield f"output_dir={config.output_dir} and resume={config.resume}: a resumed run goes on in its own folder"
     if config.data.path == "":
         yield "data.path='' must name a folder, or demo"
 

@@ -194,7 +194,7 @@ def _run_layer(folder: str) -> Layer:
         reason = "holds no config.yaml, so it is no run's folder" if Path(folder).is_dir() else "no such folder"
         raise ConfigError([f"resume={folder}: {reason}"])
     layer = read_layer(path)
-    kept = {key: value for key, value in layer.values.items() if key not in ("resume", "dry_run")}
+    kept = {key: value for key, value in layer.values.items() if key not in ("resume", "dry_run", "output_dir")}
     return dataclasses.replace(layer, values=kept)
 
 

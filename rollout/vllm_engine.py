@@ -254,7 +254,7 @@ class _Levels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         trie, nodes_N = self.engine.trie, nodes_BW.reshape(-1)
         self._grow(nodes_BW, parents_BW)
-        child_NC, _ = trie.children(nodes_N)
+        child_NC, there_NC = trie.children(nodes_N)
         most = child_NC.shape[1]
         # The temperature divides the logits before processed_logprobs are taken.
         params = self.engine._params(
@@ -264,17 +264,21 @@ class _Levels:
             temperature=self.sampling.temperature,
             logprobs=most if self.sampling.sampler == "unique" else min(self.sampling.group_size, most),
         )
-        alive_N = alive_BW.reshape(-1).nonzero()[:, 0]
+        logps_NC = torch.full(child_NC.shape, float("-inf"))
+        alone_N = there_NC.sum(dim=1) == 1
+        logps_NC[alone_N, 0] = 0.0  # an only child is certain: no need to ask, and deep in a trie most are
+        asked_N = (alive_BW.reshape(-1) & ~alone_N).nonzero()[:, 0]
+        if not len(asked_N):
+            return logps_NC, child_NC
         branches = [(sample, path) for sample, paths in zip(self.samples, self.paths, strict=True) for path in paths]
-        prompts = [(*branches[n][0].prompt_ids, *branches[n][1]) for n in alive_N.tolist()]
+        prompts = [(*branches[n][0].prompt_ids, *branches[n][1]) for n in asked_N.tolist()]
         given = [output.outputs[0].logprobs[0] for output in self.engine._run(prompts, [params] * len(prompts))]
         counts = torch.tensor([len(entries) for entries in given])
         tokens_E = torch.tensor([token for entries in given for token in entries])
         values_E = torch.tensor([entry.logprob for entries in given for entry in entries.values()])
-        owners_E = alive_N.repeat_interleave(counts)
+        owners_E = asked_N.repeat_interleave(counts)
         child_E = trie.find(nodes_N[owners_E], tokens_E)
         legal_E = values_E.isfinite() & (child_E >= 0)
-        logps_NC = torch.full(child_NC.shape, float("-inf"))
         owners_E, child_E = owners_E[legal_E], child_E[legal_E]
         logps_NC[owners_E, child_E - child_NC[owners_E, 0]] = values_E[legal_E]
         return logps_NC, child_NC

@@ -118,6 +118,9 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path) -> None:
     over = write(tmp_path, "rl: {steps: 10}\n")
     config = read_run(["--resume", str(run), "--config", over])
     assert (config.resume, config.rl.steps, config.rl.kl_coef, config.dry_run) == (str(run), 10, 0.5, False)
+    assert config.output_dir is None  # the folder may have moved since
+    (line,) = problems("--resume", str(run), "--output_dir", str(tmp_path / "elsewhere"))
+    assert line.endswith("a resumed run goes on in its own folder")
     by_file = write(tmp_path, f"resume: {run}\n", "r.yaml")
     assert read_run(["--config", by_file]).rl.steps == 9
     assert problems("--resume", str(tmp_path / "none")) == [f"resume={tmp_path / 'none'}: no such folder"]
