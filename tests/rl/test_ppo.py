@@ -150,6 +150,7 @@ def test_the_critics_rate_alone_moves_it(make_run: MakeTrainer) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["head", "model"])
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(make_run: MakeTrainer, kind: dict[str, Any]) -> None:
     settings = {**PPO, **kind, "rl.steps": 6, "output.checkpoint_every": 2, "rl.kl_coef": 0.05, "rl.lr_warmup_steps": 2}
     straight, resumed = make_run(settings), make_run(settings)
@@ -177,6 +178,7 @@ def test_critic_settings_are_for_ppo(make_config: MakeConfig, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["head", "model"])
+@pytest.mark.slow
 def test_it_learns(make_run: MakeTrainer, world: World, tmp_path: Path, kind: dict[str, Any]) -> None:
     """Users who all want item 5: reward rises, and the critic learns what to expect after a right first code."""
     rows = tuple(Record(f"train:{user}", f"u{user}", (user, user + 1), (5,), (1.0,)) for user in range(4))

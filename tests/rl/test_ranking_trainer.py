@@ -145,6 +145,7 @@ def test_on_policy_ratio_is_one_and_passes_move_it(make_run: MakeTrainer, mixed:
 
 
 @pytest.mark.parametrize("candidates", [True, False], ids=["candidates", "catalogue"])
+@pytest.mark.slow
 def test_it_learns(make_run: MakeTrainer, world: World, tmp_path: Path, candidates: bool) -> None:
     """Four users who all want item 5: it comes to stand first in nearly every ranking."""
     chosen = (1, 3, 5, 8, 11, 17, 20) if candidates else None
@@ -173,6 +174,7 @@ def test_evaluation_ranks_the_candidates(make_run: MakeTrainer, mixed: str) -> N
     assert result.values["hr@1"] == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.slow
 def test_resume(make_run: MakeTrainer, mixed: str) -> None:
     settings = {**PL, "data.path": mixed, "rl.steps": 4, "output.checkpoint_every": 2}
     straight, resumed = make_run(settings), make_run(settings)

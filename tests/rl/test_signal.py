@@ -35,7 +35,7 @@ def target_path(run: Run, sample: Sample) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_sft_term_adds_the_targets_nll(make_run: MakeTrainer, packing: bool, lora: bool) -> None:
     """Gradient with the term = gradient without it + coefficient · gradient of the mean NLL, prompt by prompt."""
     common = {"rl.steps": 1, "rl.packing": packing, "lora.enabled": lora, **SGD}

@@ -85,6 +85,7 @@ SETTINGS: dict[str, Any] = {"rl.steps": 4, "output.checkpoint_every": 2, "rl.lea
     ids=["reference", "average"],
 )
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(make_run: MakeTrainer, more: dict[str, Any], lora: bool) -> None:
     settings = {**SETTINGS, **more, "lora.enabled": lora}
     straight, resumed = make_run(settings), make_run(settings)
@@ -125,6 +126,7 @@ def test_average_of_the_steps_is_kept(make_run: MakeTrainer, monkeypatch: pytest
     assert checksum(merged_weights(loaded.trainer.policy)) == checksum(merged_weights(run.trainer.policy))
 
 
+@pytest.mark.slow
 def test_valid_is_evaluated_on_the_average(make_run: MakeTrainer) -> None:
     """With a decay near 1 the average has not moved, whatever the policy does."""
     far = {**SETTINGS, "rl.learning_rate": 0.1, "eval.every": 4}

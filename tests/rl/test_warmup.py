@@ -78,6 +78,7 @@ def test_warm_up_writes_a_policy(world: World, make_config: MakeConfig, tmp_path
     prepare_task(make_config(TINY), world, tmp_path / "policy", lambda _: None)
 
 
+@pytest.mark.slow
 def test_the_same_seed_warms_the_same_policy(world: World, make_config: MakeConfig, tmp_path: Path) -> None:
     def weights(name: str, seed: int) -> dict[str, torch.Tensor]:
         warmup.warm_up(make_config({**TINY, "seed": seed}), world, tmp_path / name, Progress())

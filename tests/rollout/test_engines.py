@@ -93,6 +93,7 @@ def assert_scored_by(model: Any, groups: list[RolloutGroup], decoder: Decoder, s
 
 @BOTH
 @pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.slow
 def test_logps_and_legality(
     engine: Engine, sampling: Sampling, tiny_model: Qwen3ForCausalLM, tiny_decoder: Decoder, tiny_samples: list[Sample]
 ) -> None:
