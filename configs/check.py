@@ -78,6 +78,8 @@ RANGES: dict[str, Range] = {
     "rollout.num_engines": COUNT,
     "rollout.group_size": Range(2, why="advantages compare rollouts of one group"),
     "rollout.temperature": POSITIVE,
+    "rollout.top_p": Range(0, 1, low_open=True),
+    "rollout.items_per_completion": COUNT,
     "rollout.max_batch_prompts": COUNT,
     "rollout.kv_cache_gb": COUNT,
     "rollout.gpu_memory_utilization": Range(0, 1, low_open=True),
@@ -210,6 +212,16 @@ def _takes_vllm(engine: str) -> bool:
 
 
 def _rollout(config: RunConfig) -> Iterator[str]:
+    sampler, top_p, items = config.rollout.sampler, config.rollout.top_p, config.rollout.items_per_completion
+    if sampler != "sample" and 0 < top_p < 1:
+        yield f"rollout.top_p={top_p} shapes rollout.sampler=sample only, and it is {sampler}"
+    if items > 1:
+        if sampler != "sample":
+            yield f"rollout.items_per_completion={items} needs rollout.sampler=sample, and it is {sampler}"
+        if config.algo == "pl":
+            yield f"rollout.items_per_completion={items} is not for algo=pl: its rankings have rl.ranking_length items"
+        if config.rl.inject_targets:
+            yield f"rl.inject_targets puts one item in a rollout's place, and rollout.items_per_completion={items}"
     if config.rollout.sync != "adapter":
         return
     if not config.lora.enabled:

@@ -36,6 +36,7 @@ class DataConfig:
         max_history: Newest items of the history that stay in the prompt.
         max_prompt_tokens: Longest prompt; a longer one is a bad row.
         on_bad_rows: stop refuses to train on data with bad rows; skip leaves them out and says how many.
+        exclude_history: Items of a row's history may not be recommended for it, in training and evaluation.
         rl_users: Share of the training users kept aside from the warm-up; RL trains on their rows alone. 0 trains both
             on all rows.
     """
@@ -46,6 +47,7 @@ class DataConfig:
     max_history: int = 10
     max_prompt_tokens: int = 512
     on_bad_rows: Literal["stop", "skip"] = "stop"
+    exclude_history: bool = False
     rl_users: float = 0.4
 
 
@@ -91,6 +93,9 @@ class RolloutConfig:
         sampler: sample draws G independent items under the trie; beam takes the G best distinct items; unique draws G
             distinct items without replacement.
         temperature: Sampling temperature; the same one divides the logits in the update.
+        top_p: `sample` draws each token from the fewest likeliest of its support that hold this share of its mass; the
+            importance ratio is then to this narrower distribution, not 1.
+        items_per_completion: Items of a completion, all different and in order: a slate. Rewards see it as a list.
         sync: How new weights reach the engines: merged (LoRA folded into full weights) or adapter (vLLM's LoRA).
         max_batch_prompts: Prompts that the hf engine computes at once.
         kv_cache_gb: Memory for vLLM's key-value cache on CPU.
@@ -105,6 +110,8 @@ class RolloutConfig:
     group_size: int = 16
     sampler: Literal["sample", "beam", "unique"] = "sample"
     temperature: float = 1.0
+    top_p: float = 1.0
+    items_per_completion: int = 1
     sync: Literal["merged", "adapter"] = "merged"
     max_batch_prompts: int = 64
     kv_cache_gb: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,19 +18,22 @@ def item_groups(
 ) -> list[RolloutGroup]:
     """Groups of one item a rollout, to be scored; shorter ones are filled up with their first item.
 
-    A candidate list that names some items of a Sid only restricts that Sid's cluster to them.
+    Scores are log-probabilities under the whole trie, so the samples are without their restrictions. A candidate list
+    that names some items of a Sid only restricts that Sid's cluster to them.
     """
     longest = max(map(len, sids_of))
     groups = []
     for sample, sids in zip(samples, sids_of, strict=True):
         items = [_item(sample, int(sid), decoder, policy_version) for sid in sids]
-        groups.append(RolloutGroup(sample, (*items, *items[:1] * (longest - len(items)))))
+        whole = replace(sample, record=replace(sample.record, candidates=None, excluded=()))
+        groups.append(RolloutGroup(whole, (*items, *items[:1] * (longest - len(items)))))
     return groups
 
 
 def candidate_sids(sample: Sample, decoder: Decoder) -> list[int]:
-    """The distinct sids of a sample's candidates, ascending."""
-    return np.unique(decoder.catalog.sid_index_N[list(sample.record.candidates or ())]).tolist()
+    """The distinct sids of a sample's candidates that it may be recommended, ascending."""
+    left = [item for item in sample.record.candidates or () if item not in sample.record.excluded]
+    return np.unique(decoder.catalog.sid_index_N[left]).tolist()
 
 
 def rank_candidates(
@@ -46,9 +50,5 @@ def rank_candidates(
 
 
 def _item(sample: Sample, sid: int, decoder: Decoder, policy_version: int) -> Rollout:
-    path = decoder.path_of_sid[sid].tolist()
-    cluster = decoder.catalog.items_of_sid(sid)
-    if sample.record.candidates is not None:
-        allowed = set(sample.record.candidates)
-        cluster = tuple(item for item in cluster if item in allowed)
-    return Rollout(tuple(path), (0.0,) * len(path), (True,) * len(path), (sid,), (cluster,), policy_version, "item")
+    path, cluster = decoder.path_of(sid), decoder.items(sample.record, sid)
+    return Rollout(path, (0.0,) * len(path), (True,) * len(path), (sid,), (cluster,), policy_version, "item")

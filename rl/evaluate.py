@@ -58,7 +58,8 @@ def evaluate(
 ) -> Evaluation:
     """Beam search of `eval.beam_width` for the rows of a split, scored at item and Sid level.
 
-    The list of a row with candidates is these, ranked by their exact log-probabilities.
+    What a row may not be recommended is left out of its list. Under `--algo pl` the list of a row with candidates is
+    these, ranked by what that algorithm trains: their log-probabilities under the whole trie.
     """
     start = time.perf_counter()
     settings = config.eval
@@ -67,9 +68,10 @@ def evaluate(
     model.eval()
     engine = HFEngine(model, task.decoder, max_batch_prompts=settings.batch_prompts)
     lists: list[list[int]] = [[] for _ in samples]
-    whole = [row for row, sample in enumerate(samples) if sample.record.candidates is None]
+    ranks = config.algo == "pl"
+    whole = [row for row, sample in enumerate(samples) if not ranks or sample.record.candidates is None]
     beams = beam_lists(engine, [samples[row] for row in whole], config, progress, phase)
-    restricted = [row for row, sample in enumerate(samples) if sample.record.candidates is not None]
+    restricted = sorted(set(range(len(samples))) - set(whole))
     scorer = BatchScorer(task, config, engine.trie, nullcontext)
     ranked = rank_candidates(model, scorer, [samples[row] for row in restricted], settings.batch_prompts)
     for row, sids in zip([*whole, *restricted], [*beams, *ranked], strict=True):
@@ -105,7 +107,9 @@ def beam_lists(
     lists: list[list[int]] = [[] for _ in samples]
     done = 0
     for rows in batches_by_length(samples, config.eval.batch_prompts):
-        leaves, _ = beam(engine.model, engine.trie, [samples[row].prompt_ids for row in rows], width)
+        batch = [samples[row] for row in rows]
+        prompts, views = [sample.prompt_ids for sample in batch], engine.decoder.views(batch)
+        leaves, _ = beam(engine.model, engine.trie, prompts, width, views=views)
         for row, sids in zip(rows, engine.decoder.trie.rows(leaves.reshape(-1)).reshape(leaves.shape), strict=True):
             lists[row] = sids.tolist()
         done += len(rows)

@@ -46,9 +46,15 @@ def inject_targets(
 
 
 def draw_targets(samples: Sequence[Sample], seed: Sequence[int]) -> list[int]:
-    """One target item of each sample, drawn by gain where there are several."""
+    """One target item of each sample that it may be recommended, drawn by gain where there are several."""
     rng = np.random.default_rng(list(seed))
-    return [int(rng.choice(sample.targets, p=np.array(sample.gains) / sum(sample.gains))) for sample in samples]
+    drawn = []
+    for sample in samples:
+        gains = np.array(
+            [g if sample.record.allows(t) else 0.0 for t, g in zip(sample.targets, sample.gains, strict=True)]
+        )
+        drawn.append(int(rng.choice(sample.targets, p=gains / gains.sum())))
+    return drawn
 
 
 def _hit(group: RolloutGroup) -> bool:
@@ -58,13 +64,13 @@ def _hit(group: RolloutGroup) -> bool:
 
 def _target_alone(group: RolloutGroup, item: int, decoder: Decoder) -> RolloutGroup:
     sid = int(decoder.catalog.sid_index_N[item])
-    path = decoder.path_of_sid[sid].tolist()
+    path = decoder.path_of(sid)
     rollout = Rollout(
-        token_ids=tuple(path),
+        token_ids=path,
         logps_sampler=(0.0,) * len(path),
         on_trie=(True,) * len(path),
         sids=(sid,),
-        items=(decoder.catalog.items_of_sid(sid),),
+        items=(decoder.items(group.sample.record, sid),),
         policy_version=group.policy_version,
         finish_reason="item",
     )

@@ -22,13 +22,16 @@ from torch.utils.checkpoint import checkpoint
 from rl.packing import pack_groups
 from rollout.support import WHOLE_VOCABULARY, TorchTrie
 
+FORCED = -2
+"""In place of a place of the trie: the token was set, not drawn. It has no log-probability."""
+
 CHUNK = 2**24
 """Most logits that are computed at once; 64 MB in float32."""
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a policy says of each completion token; zeros where a row has no token.
+    """What a policy says of each completion token; zeros where a row has no token or a forced one.
 
     Attributes:
         logps_BT: log-probability of the token on its support, float32.
@@ -41,28 +44,42 @@ class TokenScores:
     hidden_BTD: torch.Tensor
 
 
-def support_nodes(trie: TorchTrie, tokens_BT: torch.Tensor, on_trie_BT: torch.Tensor) -> torch.Tensor:
-    """The trie node each token was drawn at, `WHOLE_VOCABULARY` for tokens of free text.
+def support_places(
+    trie: TorchTrie, tokens_BT: torch.Tensor, on_trie_BT: torch.Tensor, roots_BK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The place of the trie each token was drawn at, `WHOLE_VOCABULARY` for tokens of free text.
 
-    An item starts at the root: at the first token on the trie after free text, and after each whole item.
+    An item starts at the root: at the first token on the trie after other text, and after each whole item.
+
+    Args:
+        trie: the catalogue, as views show it.
+        tokens_BT: completions.
+        on_trie_BT: which tokens were drawn from the trie.
+        roots_BK: where the first, second, … item of each row starts; by default at the root of the whole trie.
 
     Raises:
         ValueError: when a token on the trie continues no path.
     """
-    leaves = int(trie.level_start[-2])
-    nodes_BT = torch.full_like(tokens_BT, WHOLE_VOCABULARY)
-    at_B = torch.zeros_like(tokens_BT[:, 0])
+    places_BT = torch.full_like(tokens_BT, WHOLE_VOCABULARY)
+    if roots_BK is None:
+        roots_BK = torch.zeros_like(tokens_BT)
+    item_B1 = torch.zeros_like(tokens_BT[:, :1])
+    at_B = roots_BK[:, 0]
     for step in range(tokens_BT.shape[1]):
         on_B = on_trie_BT[:, step]
-        nodes_BT[:, step] = torch.where(on_B, at_B, WHOLE_VOCABULARY)
+        places_BT[:, step] = torch.where(on_B, at_B, WHOLE_VOCABULARY)
         next_B = trie.find(at_B, tokens_BT[:, step])
         if bool((on_B & (next_B < 0)).any()):
             row = int((on_B & (next_B < 0)).nonzero()[0])
             raise ValueError(
-                f"row {row}, token {step}: {int(tokens_BT[row, step])} follows no node {int(at_B[row])} of the trie"
+                f"row {row}, token {step}: {int(tokens_BT[row, step])} follows no node "
+                f"{int(trie.nodes(at_B)[row])} of the trie"
             )
-        at_B = torch.where(on_B & (next_B < leaves), next_B, 0)
-    return nodes_BT
+        whole_B = on_B & (trie.depths(next_B) == trie.trie.depth)
+        item_B1 = (item_B1 + whole_B[:, None]).clamp(max=roots_BK.shape[1] - 1)
+        root_B = roots_BK.gather(1, item_B1)[:, 0]
+        at_B = torch.where(on_B & ~whole_B, next_B, root_B)
+    return places_BT
 
 
 def score_tokens(
@@ -70,7 +87,7 @@ def score_tokens(
     trie: TorchTrie,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    nodes_BT: torch.Tensor,
+    places_BT: torch.Tensor,
     *,
     group: int | None,
     temperature: float = 1.0,
@@ -82,28 +99,30 @@ def score_tokens(
         trie: the supports.
         input_ids: left-padded prompts followed by right-padded completions [B, P + T].
         attention_mask: 1 on real tokens.
-        nodes_BT: where each completion token was drawn: a node of the trie, or `WHOLE_VOCABULARY`.
+        places_BT: where each completion token was drawn: a place of the trie, `WHOLE_VOCABULARY`, or `FORCED`.
         group: rows of a group, to compute its prompt once; None computes each row by itself.
         temperature: logits are divided by it.
     """
-    hidden_BTD = hidden_states(model, input_ids, attention_mask, nodes_BT.shape[1], group=group)
-    written_BT = attention_mask[:, -nodes_BT.shape[1] :].bool()
-    tokens_BT = input_ids[:, -nodes_BT.shape[1] :]
+    hidden_BTD = hidden_states(model, input_ids, attention_mask, places_BT.shape[1], group=group)
+    written_BT = attention_mask[:, -places_BT.shape[1] :].bool() & (places_BT != FORCED)
+    tokens_BT = input_ids[:, -places_BT.shape[1] :]
     head = OutputLayer(model)
-    hidden_ND, nodes_N, tokens_N = hidden_BTD[written_BT], nodes_BT[written_BT], tokens_BT[written_BT]
-    scores_N2 = hidden_ND.new_zeros((len(nodes_N), 2), dtype=torch.float32)
-    depths_N = trie.depths(nodes_N)
+    hidden_ND, places_N, tokens_N = hidden_BTD[written_BT], places_BT[written_BT], tokens_BT[written_BT]
+    scores_N2 = hidden_ND.new_zeros((len(places_N), 2), dtype=torch.float32)
+    depths_N = trie.depths(places_N)
     for depth in depths_N.unique().tolist():
         rows = (depths_N == depth).nonzero()[:, 0]
         first, stop = trie.token_range(depth) if depth >= 0 else (0, trie.trie.vocab_size)
 
         def scores(
-            hidden: torch.Tensor, nodes: torch.Tensor, tokens: torch.Tensor, first: int = first, stop: int = stop
+            hidden: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor, first: int = first, stop: int = stop
         ) -> torch.Tensor:
             logits = head.logits(hidden, first, stop).float() / temperature
-            return torch.stack(trie.token_logps(logits, nodes, tokens, first_token=first), dim=1)
+            return torch.stack(trie.token_logps(logits, places, tokens, first_token=first), dim=1)
 
-        found_N2 = _in_chunks(scores, (hidden_ND[rows], nodes_N[rows], tokens_N[rows]), max(1, CHUNK // (stop - first)))
+        found_N2 = _in_chunks(
+            scores, (hidden_ND[rows], places_N[rows], tokens_N[rows]), max(1, CHUNK // (stop - first))
+        )
         scores_N2 = scores_N2.index_copy(0, rows, found_N2)
     blank_BT = torch.zeros(tokens_BT.shape, device=scores_N2.device)
     logps_BT, entropies_BT = (blank_BT.masked_scatter(written_BT, scores_N2[:, column]) for column in (0, 1))

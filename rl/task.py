@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -80,6 +80,25 @@ def rl_and_warmup_rows(config: RunConfig, world: World) -> tuple[list[Record], l
     return rl, warmup
 
 
+def restrict(config: RunConfig, records: Sequence[Record]) -> tuple[list[Record], list[Problem]]:
+    """Records with what `data.exclude_history` takes from them, and a problem for each whose targets are all gone."""
+    if config.data.exclude_history:
+        records = [replace(record, excluded=tuple({*record.excluded, *record.history})) for record in records]
+    allowed: list[Record] = []
+    problems = []
+    for record in records:
+        if any(record.allows(target) for target in record.targets):
+            allowed.append(record)
+        else:
+            why = (
+                "none of the targets is among the candidates"
+                if record.candidates is not None
+                else ("all targets are in the history (data.exclude_history)")
+            )
+            problems.append(Problem.of_record(record, "target-not-allowed", why))
+    return allowed, problems
+
+
 def tokenise(
     config: RunConfig, world: World, tokenizer: PreTrainedTokenizerBase, records: list[Record]
 ) -> tuple[list[Sample], int]:
@@ -146,40 +165,45 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={model_path}: no model and tokenizer could be read from it: {error}") from error
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    needed = config.data.max_prompt_tokens + world.catalog.format.depth + 1
-    if positions is not None and positions < needed:
-        raise ValueError(
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and an item need {needed} positions, and "
-            f"model.path={model_path} has max_position_embeddings={positions}"
-        )
     try:
         vocab = sid_vocab(world.catalog.format, tokenizer)
     except ValueError as error:
         raise ValueError(f"model.path={model_path}: {error}") from error
     decoder = Decoder.build(world.catalog, vocab, model_config.get_text_config().vocab_size)
+    items = config.rollout.items_per_completion
+    needed = config.data.max_prompt_tokens + decoder.completion_tokens(items) + 1
+    if positions is not None and positions < needed:
+        raise ValueError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and {items} item{'s' * (items > 1)} need {needed} "
+            f"positions, and model.path={model_path} has max_position_embeddings={positions}"
+        )
     asked, setting = config.rollout.group_size, "rollout.group_size"
     if config.algo == "pl":
         asked, setting = config.rl.ranking_length, "rl.ranking_length"
-    if config.rollout.sampler in ("beam", "unique") and decoder.trie.num_leaves < asked:
+    different = items if config.rollout.sampler == "sample" and config.algo != "pl" else asked
+    if items > 1:
+        setting = "rollout.items_per_completion"
+    if decoder.trie.num_leaves < different:
         raise ValueError(
-            f"{setting}={asked} distinct items are asked of a catalogue of {decoder.trie.num_leaves} Sids "
+            f"{setting}={different} distinct items are asked of a catalogue of {decoder.trie.num_leaves} Sids "
             f"(rollout.sampler={config.rollout.sampler})"
         )
     rl_records, _ = rl_and_warmup_rows(config, world)
     skipped = len(world.problems)
     samples = {}
     for split, records in {**world.splits, "train": rl_records}.items():
-        samples[split], dropped = tokenise(config, world, tokenizer, list(records))
-        skipped += dropped
-    restricted = next((sample for sample in samples["train"] if sample.record.candidates is not None), None)
-    if restricted and config.algo != "pl":
-        raise DataError(
-            f"{restricted.record.source}: restricts its candidates, and rollouts of algo={config.algo} draw from the "
-            "whole catalogue; drop the column `candidates`, or take algo=pl"
-        )
-    for sample in (sample for split in samples.values() for sample in split if sample.record.candidates is not None):
-        if not set(sample.targets) & set(sample.record.candidates or ()):
-            raise DataError(f"{sample.record.source}: none of the targets is among the candidates")
+        allowed, problems = restrict(config, records)
+        refuse_bad_rows(problems, config, Path(config.data.path))
+        samples[split], dropped = tokenise(config, world, tokenizer, allowed)
+        skipped += dropped + len(problems)
+    views = decoder.views(samples["train"])
+    if views is not None and (few := int(views.sizes_V[1:].min())) < different:
+        sample = samples["train"][int(views.sizes_V[1:].argmin())]
+        if sample.record.candidates is None or config.algo != "pl":
+            raise DataError(
+                f"{sample.record.source}: {few} Sids may be recommended, and {setting}={different} different ones are "
+                "asked"
+            )
     rewards = RewardSet(config.rewards, world.catalog)
     if skipped:
         say(f"skipped {skipped} bad rows (data.on_bad_rows=skip)")

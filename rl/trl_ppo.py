@@ -72,7 +72,7 @@ class PPOTrainer(SidTrainer):
         batch |= {"values": values_BT, "returns": returns_BT}
         self.note("value", float(values_BT.sum() / mask_BT.sum()))
         self.note("explained_variance", explained_variance(values_BT, returns_BT, mask_BT))
-        return whitened(advantages_BT, mask_BT)
+        return whitened(advantages_BT, mask_BT * batch["tool_mask"])
 
     def further_loss(
         self, inputs: Batch, scores: TokenScores, target_logps_MT: torch.Tensor | None

@@ -65,7 +65,7 @@ class RankingTrainer(SidTrainer):
         with self.phase("update"):
             orders_PMK = inputs["orders"]
             count = len(orders_PMK)
-            items = len(inputs["nodes"]) // count
+            items = len(inputs["places"]) // count
             scores = self.scorer.scores(model, inputs, items)
             item_logps_PU = scores.logps_BT.sum(dim=1).view(count, items)
             places = orders_PMK.clamp(min=0).flatten(1)
@@ -98,15 +98,15 @@ class RankingTrainer(SidTrainer):
         groups = item_groups(samples, sids_of, decoder, self.fleet.version)
         logps_PUL = self.policy_logps(groups).reshape(len(samples), len(groups[0]), -1)
         ranked = []
-        for group, sids, logps_UL in zip(groups, sids_of, logps_PUL, strict=True):
-            rng = np.random.default_rng(sample_seed(self.draw_seed(again), group.sample))
+        for sample, group, sids, logps_UL in zip(samples, groups, sids_of, logps_PUL, strict=True):
+            rng = np.random.default_rng(sample_seed(self.draw_seed(again), sample))
             items = [
                 replace(rollout, logps_sampler=tuple(logps.tolist()))
                 for rollout, logps in zip(group.rollouts[: len(sids)], logps_UL, strict=False)
             ]
             orders_MU = draw_rankings(logps_UL[: len(sids)].sum(axis=1), self.num_generations, rng)
             slates = tuple(_slate([items[place] for place in order]) for order in orders_MU)
-            ranked.append(RolloutGroup(group.sample, slates))
+            ranked.append(RolloutGroup(sample, slates))
         return ranked
 
 

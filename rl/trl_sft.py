@@ -30,7 +30,7 @@ def next_item_rows(samples: list[Sample], decoder: Decoder) -> Dataset:
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for sample in samples:
         for sid in sorted({int(decoder.catalog.sid_index_N[item]) for item in sample.targets}):
-            path = decoder.path_of_sid[sid].tolist()
+            path = list(decoder.path_of(sid))
             rows["input_ids"].append([*sample.prompt_ids, *path])
             rows["labels"].append([IGNORED] * len(sample.prompt_ids) + path)
     return Dataset.from_dict(rows)

@@ -92,7 +92,7 @@ class SidTrainer(GRPOTrainer):
                     config,
                     algorithm,
                     folder,
-                    completion=task.decoder.trie.depth,
+                    completion=task.decoder.completion_tokens(config.rollout.items_per_completion),
                     bf16=model.dtype == torch.bfloat16,
                 ),
                 train_dataset=Dataset.from_dict({"row": list(range(len(self.samples)))}),
@@ -162,7 +162,14 @@ class SidTrainer(GRPOTrainer):
     def generate(self, samples: list[Sample], again: int = 0) -> list[RolloutGroup]:
         """G rollouts for each sample, of the current policy version; `again` counts further draws of one step."""
         rollout = self.config.rollout
-        sampling = Sampling(rollout.group_size, rollout.sampler, rollout.temperature, seed=self.draw_seed(again))
+        sampling = Sampling(
+            rollout.group_size,
+            rollout.sampler,
+            rollout.temperature,
+            top_p=rollout.top_p,
+            items=rollout.items_per_completion,
+            seed=self.draw_seed(again),
+        )
         with self.phase("rollout"):
             groups = self.fleet.generate(samples, sampling)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -222,7 +229,7 @@ class SidTrainer(GRPOTrainer):
         if self.algorithm.importance:  # without them TRL takes the policy's own: a ratio of 1, the plain gradient
             batch["old_per_token_logps"] = batch["sampler_logps"]
         if self.config.rl.sft_coef:
-            batch |= self.scorer.targets(self.drawn_targets(groups), batch["completion_ids"].shape[1])
+            batch |= self.scorer.targets(batch, self.drawn_targets(groups))
         if self.beta != 0.0:
             batch["ref_per_token_logps"] = self.reference_logps(batch)
         return batch

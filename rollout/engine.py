@@ -44,6 +44,7 @@ class EngineSpec:
                 decoder,
                 dtype=self.model.dtype,
                 max_prompt_tokens=self.max_prompt_tokens,
+                items=self.rollout.items_per_completion,
                 kv_cache_gb=self.rollout.kv_cache_gb,
                 gpu_memory_utilization=self.rollout.gpu_memory_utilization,
                 lora_rank=self.lora_rank,
@@ -86,5 +87,7 @@ def engine_spec(config: RunConfig, model_path: str | Path) -> EngineSpec:
     adapter = config.rollout.sync == "adapter"
     if adapter and kind != "vllm":
         raise ValueError(f"rollout.sync=adapter needs vLLM, and the engine is {kind} ({why}); set rollout.sync=merged")
+    if kind == "vllm" and config.rollout.temperature > 2:
+        raise ValueError(f"vLLM takes no temperature above 2: rollout.temperature={config.rollout.temperature} ({why})")
     rank = config.lora.r if adapter else 0
     return EngineSpec(kind, why, str(model_path), config.model, config.rollout, config.data.max_prompt_tokens, rank)

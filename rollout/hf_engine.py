@@ -94,16 +94,21 @@ class HFEngine:
         self.policy_version = version
         return checksum({name: own[name] for name in weights})
 
+    def serve(self, decoder: Decoder) -> None:
+        """Change the catalogue: from now on items of `decoder` are written, and no others."""
+        self.decoder, self.trie = decoder, TorchTrie(decoder.trie, self.model.device)
+
     def _batch(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
-        width, temperature, version = sampling.group_size, sampling.temperature, self.policy_version
+        version, views = self.policy_version, self.decoder.views(samples)
         if sampling.sampler == "beam":
-            leaves, logps = beam(self.model, self.trie, [sample.prompt_ids for sample in samples], width, temperature)
+            prompts = [sample.prompt_ids for sample in samples]
+            leaves, logps = beam(self.model, self.trie, prompts, sampling.group_size, sampling.temperature, views)
             return self.decoder.groups_of_leaves(samples, leaves, logps, policy_version=version)
         if sampling.sampler == "unique":
-            found = draw_distinct(self.model, self.trie, samples, width, sampling.seed, temperature)
+            found = draw_distinct(self.model, self.trie, samples, sampling, views)
             return self.decoder.groups_of_leaves(samples, *found, policy_version=version)
-        tokens_BGL, logps_BGL = draw(self.model, self.trie, samples, sampling)
+        tokens_BWT, logps_BWT = draw(self.model, self.trie, samples, sampling, views, self.decoder.marks)
         return [
             self.decoder.group(sample, tokens, logps, sampling.constrained, version)
-            for sample, tokens, logps in zip(samples, tokens_BGL, logps_BGL, strict=True)
+            for sample, tokens, logps in zip(samples, tokens_BWT, logps_BWT, strict=True)
         ]

@@ -47,6 +47,11 @@ class EngineActor:
         """One group per sample, in order."""
         return self.engine.generate(samples, sampling)
 
+    def serve(self, decoder: Decoder) -> int:
+        """Change the catalogue; returns how many Sids it has."""
+        self.engine.serve(decoder)
+        return decoder.trie.num_leaves
+
     def load(self, weights: Mapping[str, torch.Tensor] | Adapter, version: int) -> tuple[int, str]:
         """Take weights; returns the engine's version and the checksum of what it loaded."""
         if isinstance(weights, Adapter):
@@ -123,6 +128,15 @@ class Fleet:
                     f"engine {index} reports {answer} after loading version {version} with checksum {expected}"
                 )
         self.version = version
+
+    def serve(self, decoder: Decoder) -> None:
+        """Change the catalogue of every engine without a restart; it is shared through Ray's object store.
+
+        Raises:
+            FleetError: when an engine does not take it.
+        """
+        shared = ray.put(decoder)
+        self._all([engine.serve.remote(shared) for engine in self.engines], "change its catalogue")
 
     def close(self) -> None:
         """End the engines' processes."""

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rollout.support import TorchTrie, additive_mask
 from rollout.types import Sample, Sampling
+from rollout.views import Views
 
 
 class TreeDecoder:
@@ -86,78 +87,140 @@ def sample_seed(seed: int, sample: Sample) -> int:
 
 @torch.no_grad()
 def draw(
-    model: PreTrainedModel, trie: TorchTrie, samples: Sequence[Sample], sampling: Sampling
+    model: PreTrainedModel,
+    trie: TorchTrie,
+    samples: Sequence[Sample],
+    sampling: Sampling,
+    views: Views | None = None,
+    marks: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Independent draws (or the greedy path) of one item per branch.
+    """Independent draws (or the greedy path) of `sampling.items` items per branch, with `marks` between them.
+
+    Args:
+        model: the policy.
+        trie: the whole catalogue.
+        samples: prompts.
+        sampling: how to draw.
+        views: what each sample may recommend, as views 1, 2, …
+        marks: tokens set between the items of a slate.
 
     Returns:
-        tokens int64 [B, W, L] and their log-probabilities float32 [B, W, L] on the support they were drawn from.
+        tokens int64 [B, W, T] and their log-probabilities float32 [B, W, T] on the support they were drawn from.
     """
     batch, width, depth = len(samples), sampling.group_size, trie.trie.depth
     decoder = TreeDecoder(model, [sample.prompt_ids for sample in samples])
-    logits_BWV = decoder.prefill()[:, None].expand(-1, width, -1)
-    device = logits_BWV.device
-    uniforms = np.stack([np.random.default_rng(sample_seed(sampling.seed, s)).random((width, depth)) for s in samples])
-    uniforms_BWL = torch.from_numpy(uniforms).to(device)
-    nodes_N = torch.zeros(batch * width, dtype=torch.long, device=device)
-    parents_BW = torch.zeros((batch, width), dtype=torch.long, device=device)
+    uniforms = [_uniforms(sampling, sample, depth) for sample in samples]
+    uniforms_BWT = torch.from_numpy(np.stack(uniforms)).to(trie.device)
+    view_N = np.repeat(np.arange(1, batch + 1) if views else np.zeros(batch, dtype=np.int64), width)
+    row_N = torch.arange(batch, device=trie.device).repeat_interleave(width)
+    leaves_NK = np.zeros((batch * width, 0), dtype=np.int64)
     tokens, logps = [], []
-    for level in range(depth):
-        logits_NV = logits_BWV.reshape(batch * width, -1) / sampling.temperature
-        if sampling.constrained:
-            logps_NC, child_NC = trie.child_logps(logits_NV, nodes_N)
-        else:
-            logps_NC, child_NC = logits_NV.log_softmax(dim=-1), None
-        if sampling.sampler == "greedy":
-            place_N1 = logps_NC.argmax(dim=-1, keepdim=True)
-        else:  # inverse transform sampling: one uniform a token, in float64 so that wide supports lose no mass
-            cumulative = logps_NC.double().exp().cumsum(dim=-1)
-            threshold = uniforms_BWL[:, :, level].reshape(-1, 1) * cumulative[:, -1:]
-            place_N1 = torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[1] - 1)
-        logps.append(logps_NC.gather(1, place_N1).view(batch, width))
-        if child_NC is None:
-            token_N = place_N1[:, 0]
-        else:
-            nodes_N = child_NC.gather(1, place_N1)[:, 0]
-            token_N = trie.token_of[nodes_N]
+
+    def extend(token_N: torch.Tensor, logp_N: torch.Tensor) -> torch.Tensor:
+        """Write a token on every branch; the logits [N, V] after it."""
+        parents_BW = torch.arange(width, device=trie.device).expand(batch, -1)
         tokens.append(token_N.view(batch, width))
-        if level + 1 < depth:
-            logits_BWV = decoder.extend(tokens[-1], parents_BW)
-            parents_BW = torch.arange(width, device=device).expand(batch, -1)
+        logps.append(logp_N.view(batch, width))
+        if len(tokens) == sampling.items * depth + (sampling.items - 1) * len(marks):
+            return logits_NV
+        return decoder.extend(tokens[-1], parents_BW if len(tokens) > 1 else 0 * parents_BW).flatten(0, 1)
+
+    logits_NV = decoder.prefill()
+    for item in range(sampling.items):
+        shown, place_N = trie.under(views), torch.from_numpy(view_N).to(trie.device) * trie.trie.num_nodes
+        if item:  # what the slate holds already is gone
+            for mark in marks:
+                logits_NV = extend(torch.full_like(row_N, mark), torch.zeros(len(row_N), device=trie.device))
+            left = (views or Views.build(trie.trie, [])).without(view_N, leaves_NK)
+            shown, place_N = trie.under(left), torch.from_numpy(left.roots_V[1:]).to(trie.device)
+        for level in range(depth):
+            first = not tokens  # branches of a prompt start from the same logits
+            at_N = place_N[::width] if first else place_N
+            if sampling.constrained:
+                logps_NC, child_NC = shown.child_logps(logits_NV, at_N, temperature=sampling.temperature)
+            else:
+                logps_NC, child_NC = (logits_NV / sampling.temperature).log_softmax(dim=-1), None
+            logps_NC = nucleus(logps_NC, sampling.top_p)
+            if first:
+                logps_NC, child_NC = logps_NC[row_N], None if child_NC is None else child_NC[row_N]
+            if sampling.sampler == "greedy":
+                index_N1 = logps_NC.argmax(dim=-1, keepdim=True)
+            else:  # inverse transform sampling: one uniform a token, in float64 so that wide supports lose no mass
+                cumulative = logps_NC.double().exp().cumsum(dim=-1)
+                threshold = uniforms_BWT[:, :, item * depth + level].reshape(-1, 1) * cumulative[:, -1:]
+                index_N1 = torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[1] - 1)
+            token_N = index_N1[:, 0]
+            if child_NC is not None:
+                place_N = child_NC.gather(1, index_N1)[:, 0]
+                token_N = shown.tokens(place_N, level + 1)
+            logits_NV = extend(token_N, logps_NC.gather(1, index_N1)[:, 0])
+        leaves_NK = np.concatenate([leaves_NK, shown.nodes(place_N).cpu().numpy()[:, None]], axis=1)
     return torch.stack(tokens, dim=2).cpu().numpy(), torch.stack(logps, dim=2).cpu().numpy()
+
+
+def nucleus(logps_NC: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Log-probabilities of the fewest likeliest entries that hold `top_p` of the mass, -inf for the others.
+
+    Top-p sampling (Holtzman et al., arXiv 1904.09751): an entry stays while those above it hold less than `top_p`.
+    """
+    if top_p == 1.0:
+        return logps_NC
+    ordered_NC, order_NC = logps_NC.sort(dim=-1, descending=True)
+    above_NC = ordered_NC.exp().cumsum(dim=-1) - ordered_NC.exp()
+    gone_NC = torch.zeros_like(logps_NC, dtype=torch.bool).scatter(1, order_NC, above_NC >= top_p)
+    return logps_NC.masked_fill(gone_NC, float("-inf")).log_softmax(dim=-1)
+
+
+def _uniforms(sampling: Sampling, sample: Sample, depth: int) -> np.ndarray:
+    rng = np.random.default_rng(sample_seed(sampling.seed, sample))
+    return rng.random((sampling.group_size, sampling.items * depth))
 
 
 @torch.no_grad()
 def beam(
-    model: PreTrainedModel, trie: TorchTrie, prompts: Sequence[Sequence[int]], width: int, temperature: float = 1.0
+    model: PreTrainedModel,
+    trie: TorchTrie,
+    prompts: Sequence[Sequence[int]],
+    width: int,
+    temperature: float = 1.0,
+    views: Views | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `width` most likely distinct items of the constrained policy that a beam of this width finds, best first.
+
+    `views` 1, 2, … say what each prompt may recommend.
 
     Returns:
         leaf nodes int64 [B, W], -1 where the catalogue has fewer items, and log-probabilities float32 [B, W, L] of each
         item's tokens.
     """
-    return likeliest(_expander(model, trie, prompts, temperature), trie, len(prompts), width)
+    shown = trie.under(views)
+    return likeliest(_expander(model, shown, prompts, temperature), shown, roots(views, len(prompts)), width)
 
 
 @torch.no_grad()
 def draw_distinct(
-    model: PreTrainedModel, trie: TorchTrie, samples: Sequence[Sample], width: int, seed: int, temperature: float = 1.0
+    model: PreTrainedModel, trie: TorchTrie, samples: Sequence[Sample], sampling: Sampling, views: Views | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`width` distinct items drawn without replacement, in drawn order; see `distinct`.
+    """`sampling.group_size` distinct items drawn without replacement, in drawn order; see `distinct`.
 
     Returns:
         leaf nodes int64 [B, W] (-1 where the catalogue has fewer items), log-probabilities float32 [B, W, L] of each
         item's tokens, and log inclusion probabilities float64 [B, W].
     """
-    prompts = [sample.prompt_ids for sample in samples]
-    return distinct(_expander(model, trie, prompts, temperature), trie, samples, width, seed)
+    prompts, shown = [sample.prompt_ids for sample in samples], trie.under(views)
+    expand = _expander(model, shown, prompts, sampling.temperature)
+    return distinct(expand, shown, roots(views, len(samples)), samples, sampling.group_size, sampling.seed)
+
+
+def roots(views: Views | None, batch: int) -> torch.Tensor:
+    """Where each sample's item starts: the root of its view [B]."""
+    return torch.zeros(batch, dtype=torch.long) if views is None else torch.from_numpy(views.roots_V[1:])
 
 
 Expander = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(nodes [B, W], parents [B, W], alive [B, W]) -> log-probabilities [B·W, C] of the nodes' children, and the children.
+"""(places [B, W], parents [B, W], alive [B, W]) -> log-probabilities [B·W, C] of the children, and the children.
 
-`parents` says which branch of the last call each node continues; branches that are not alive may give anything.
+`parents` says which branch of the last call each place continues; branches that are not alive may give anything.
 """
 
 
@@ -179,6 +242,7 @@ class Found:
 def widen(
     expand: Expander,
     trie: TorchTrie,
+    start_B: torch.Tensor,
     root_B1: torch.Tensor,
     width: int,
     rank: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -188,18 +252,19 @@ def widen(
     Args:
         expand: gives the log-probabilities of children.
         trie: the catalogue.
+        start_B: the place each prompt starts at.
         root_B1: key of each prompt's root, float64.
         width: branches to keep.
         rank: (log-probabilities of the children's paths [B, W, C], keys of their parents [B, W]) -> keys [B, W, C].
     """
     batch, device, keys_BW = len(root_B1), root_B1.device, root_B1
-    nodes_BW = torch.zeros((batch, 1), dtype=torch.long, device=device)
+    places_BW = start_B.to(device)[:, None]
     scores_BW = torch.zeros((batch, 1), device=device)
     history_BWL = torch.zeros((batch, 1, 0), device=device)
     parents_BW = torch.zeros((batch, 1), dtype=torch.long, device=device)
     for _ in range(trie.trie.depth):
-        now = nodes_BW.shape[1]
-        logps_NC, child_NC = expand(nodes_BW, parents_BW, scores_BW.isfinite())
+        now = places_BW.shape[1]
+        logps_NC, child_NC = expand(places_BW, parents_BW, scores_BW.isfinite())
         wide = logps_NC.shape[1]
         total_BWC = scores_BW[:, :, None] + logps_NC.view(batch, now, wide)
         all_keys = rank(total_BWC, keys_BW).reshape(batch, -1)
@@ -209,23 +274,23 @@ def widen(
         keys_BW, flat_BW = keys_BW[:, :needed].double(), flat_BW[:, :needed]
         scores_BW = total_BWC.view(batch, -1).gather(1, flat_BW)
         step_BW = logps_NC.view(batch, -1).gather(1, flat_BW)
-        nodes_BW = child_NC.view(batch, -1).gather(1, flat_BW)
+        places_BW = child_NC.view(batch, -1).gather(1, flat_BW)
         parents_BW = flat_BW // wide
         past = history_BWL.gather(1, parents_BW[:, :, None].expand(-1, -1, history_BWL.shape[2]))
         history_BWL = torch.cat([past, step_BW[:, :, None]], dim=2)
-    leaves = torch.where(scores_BW.isfinite(), nodes_BW, -1)
+    leaves = torch.where(scores_BW.isfinite(), trie.nodes(places_BW), -1)
     return Found(leaves.cpu().numpy(), history_BWL.cpu().numpy(), keys_BW.cpu().numpy())
 
 
-def likeliest(expand: Expander, trie: TorchTrie, batch: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def likeliest(expand: Expander, trie: TorchTrie, start_B: torch.Tensor, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Beam search: leaf nodes [B, W] and log-probabilities of tokens [B, W, L], likeliest first."""
-    root_B1 = torch.zeros((batch, 1), dtype=torch.float64, device=trie.token_of.device)
-    found = widen(expand, trie, root_B1, width, lambda total_BWC, _: total_BWC)
+    root_B1 = torch.zeros((len(start_B), 1), dtype=torch.float64, device=trie.device)
+    found = widen(expand, trie, start_B, root_B1, width, lambda total_BWC, _: total_BWC)
     return found.leaves_BW, found.logps_BWL
 
 
 def distinct(
-    expand: Expander, trie: TorchTrie, samples: Sequence[Sample], width: int, seed: int
+    expand: Expander, trie: TorchTrie, start_B: torch.Tensor, samples: Sequence[Sample], width: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Items without replacement: stochastic beam search, Gumbel-top-k over the trie (Kool et al., arXiv 1903.06059).
 
@@ -257,7 +322,7 @@ def distinct(
         return given_BWC.masked_fill(~legal_BWC, float("-inf"))
 
     root_B1 = torch.tensor([[generator.gumbel()] for generator in generators], dtype=torch.float64)
-    found = widen(expand, trie, root_B1.to(trie.token_of.device), width + 1, rank)
+    found = widen(expand, trie, start_B, root_B1.to(trie.device), width + 1, rank)
     leaves_BW, logps_BWL, keys_BW = (array[:, :width] for array in (found.leaves_BW, found.logps_BWL, found.keys_BW))
     if found.leaves_BW.shape[1] > width:
         kappa_B1 = found.keys_BW[:, width:]
@@ -276,12 +341,12 @@ def _expander(
     decoder = TreeDecoder(model, prompts)
 
     def expand(
-        nodes_BW: torch.Tensor, parents_BW: torch.Tensor, alive_BW: torch.Tensor
+        places_BW: torch.Tensor, parents_BW: torch.Tensor, alive_BW: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if decoder.started:
-            logits_BWV = decoder.extend(trie.token_of[nodes_BW], parents_BW)
+            logits_BWV = decoder.extend(trie.tokens(places_BW, decoder.depth + 1), parents_BW)
         else:
             logits_BWV = decoder.prefill()[:, None]
-        return trie.child_logps(logits_BWV.flatten(0, 1) / temperature, nodes_BW.reshape(-1))
+        return trie.child_logps(logits_BWV.flatten(0, 1), places_BW.reshape(-1), temperature=temperature)
 
     return expand

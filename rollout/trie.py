@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -217,29 +218,41 @@ class SidTrie:
         rows = self.leaf_rows[np.where(leaf, index, 0)] if len(self.leaf_rows) else index
         return np.where(leaf, rows, ILLEGAL)
 
-    def paths(self) -> np.ndarray:
-        """Token ids of every leaf in order, int64 [leaves, L]."""
-        columns = [np.arange(self.level_start[-2], self.level_start[-1])]
-        for _ in range(self.depth - 1):  # a node's parent is the last pointer at or before it
-            columns.append(np.searchsorted(self.first_child, columns[-1], side="right") - 1)
+    def parents(self, nodes_B: np.ndarray) -> np.ndarray:
+        """The parent of each node; that of the root is -1."""
+        nodes_B = np.asarray(nodes_B, dtype=self.first_child.dtype)  # else numpy would copy all pointers
+        return np.searchsorted(self.first_child, nodes_B, side="right") - 1  # the last pointer at or before a node
+
+    def leaves(self, rows_B: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Leaf of each input row (sid index). Raises ValueError for one that is not here."""
+        rows_B = np.asarray(rows_B, dtype=np.int64)
+        index = rows_B
+        if len(self.leaf_rows):
+            place = np.searchsorted(self.leaf_rows, rows_B, sorter=self._by_row).clip(max=self.num_leaves - 1)
+            index = np.where(self.leaf_rows[self._by_row[place]] == rows_B, self._by_row[place], -1)
+        absent = rows_B[(index < 0) | (index >= self.num_leaves)]
+        if len(absent):
+            raise ValueError(f"{len(absent)} of {len(rows_B)} sids are not in the trie, first {absent[:5].tolist()}")
+        return index + self.level_start[-2]
+
+    def paths(self, leaves_B: np.ndarray | None = None) -> np.ndarray:
+        """Token ids [B, L] of some leaves; of every leaf in order if none are named."""
+        if leaves_B is None:
+            leaves_B = np.arange(self.level_start[-2], self.level_start[-1])
+        columns = [np.asarray(leaves_B, dtype=np.int64)]
+        for _ in range(self.depth - 1):
+            columns.append(self.parents(columns[-1]))
         return np.stack([self.token_of(nodes) for nodes in reversed(columns)], axis=1)
 
     def subset(self, leaf_rows: np.ndarray | Sequence[int]) -> SidTrie:
         """A trie of some leaves only, named by input row (sid index). Raises ValueError for one that is not here."""
-        wanted = np.unique(np.asarray(leaf_rows, dtype=np.int64))
-        keep = np.flatnonzero(np.isin(self.row_of_leaf, wanted))
-        if len(keep) != len(wanted):
-            absent = np.setdiff1d(wanted, self.row_of_leaf)
-            raise ValueError(f"{len(absent)} of {len(wanted)} sids are not in the trie, first {absent[:5].tolist()}")
-        part = SidTrie.from_paths(self.paths()[keep], self.vocab_size)
-        return SidTrie(
-            part.level_start,
-            part.first_child,
-            part.edges,
-            part.bases,
-            self.row_of_leaf[keep][part.row_of_leaf],
-            self.vocab_size,
-        )
+        leaves = np.unique(self.leaves(leaf_rows))
+        part = SidTrie.from_paths(self.paths(leaves), self.vocab_size)
+        return replace(part, leaf_rows=self.rows(leaves).astype(np.int32))
+
+    @cached_property
+    def _by_row(self) -> np.ndarray:
+        return np.argsort(self.leaf_rows, kind="stable")
 
     def save(self, folder: str | Path) -> None:
         """Write plain .npy arrays and a JSON header, which `load` can map into memory."""

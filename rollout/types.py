@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class Record:
         prompt: text or chat messages; None lets the prompt template write it from the history.
         task: name of the task the row belongs to.
         candidates: the only items that may be recommended, None for the whole catalogue.
+        excluded: items that may not be recommended, such as those the user has had.
     """
 
     source: str
@@ -34,6 +35,7 @@ class Record:
     prompt: Prompt | None = None
     task: str = "next_item"
     candidates: tuple[int, ...] | None = None
+    excluded: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -44,6 +46,15 @@ class Record:
             )
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"{self.source}: a target item is named twice")
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some items may not be recommended."""
+        return self.candidates is not None or bool(self.excluded)
+
+    def allows(self, item: int) -> bool:
+        """Whether an item may be recommended."""
+        return item not in self.excluded and (self.candidates is None or item in self.candidates)
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,8 @@ class Sampling:
             (fewer when the catalogue has fewer), `unique` draws G distinct items without replacement, in drawn order
             (fewer likewise), `greedy` takes the likeliest token each step.
         temperature: logits are divided by it before the softmax; > 0, and 1 for greedy, which does not depend on it.
+        top_p: `sample` draws each token from the fewest likeliest of its support that hold this much of its mass.
+        items: items that one completion holds, all different (a slate).
         constrained: True restricts every SID position to the trie's children; False leaves the whole vocabulary.
         seed: seeds every draw; the same seed, prompts and weights give the same rollouts.
     """
@@ -88,6 +101,8 @@ class Sampling:
     group_size: int
     sampler: Sampler = "sample"
     temperature: float = 1.0
+    top_p: float = 1.0
+    items: int = 1
     constrained: bool = True
     seed: int = 0
 
@@ -102,6 +117,15 @@ class Sampling:
             raise ValueError(
                 f"sampler='greedy' takes the likeliest token at any temperature; temperature={self.temperature}"
             )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.top_p < 1 and self.sampler != "sample":
+            raise ValueError(f"top_p={self.top_p} shapes sampler='sample' only, not {self.sampler!r}")
+        if self.items < 1 or (self.items > 1 and (self.sampler not in ("sample", "greedy") or not self.constrained)):
+            raise ValueError(
+                f"items={self.items} a completion must be at least 1, and several need sampler='sample' or 'greedy' "
+                f"and constrained=True; got sampler={self.sampler!r}, constrained={self.constrained}"
+            )
         if self.sampler in ("beam", "unique") and not self.constrained:
             raise ValueError(f"sampler={self.sampler!r} lists items of the trie; it needs constrained=True")
 
@@ -114,6 +138,7 @@ class Rollout:
         token_ids: the completion's T tokens.
         logps_sampler: log-probability of each token under the distribution it was drawn from.
         on_trie: per token, True when that distribution was over the trie's children, False for the whole vocabulary.
+        forced: per token, True where it was not drawn but set (the marks between items of a slate); empty for none.
         sids: sid indices (rows of `Catalog.sids_SL`) that the completion writes, in order; empty when it is illegal.
         items: for each of `sids`, the items that share it.
         policy_version: version of the weights that wrote it.
@@ -130,10 +155,13 @@ class Rollout:
     policy_version: int
     finish_reason: Literal["item", "illegal"]
     logp_inclusion: float = 0.0
+    forced: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.logps_sampler) == len(self.on_trie):
             raise ValueError("a rollout needs one log-probability and one support flag for each token")
+        if len(self.forced) not in (0, len(self.token_ids)):
+            raise ValueError("a rollout says of each token whether it was forced, or of none")
         if len(self.sids) != len(self.items) or (self.finish_reason == "item") != bool(self.sids):
             raise ValueError(
                 f"a rollout that ended with {self.finish_reason!r} cannot hold {len(self.sids)} Sids "
@@ -198,4 +226,8 @@ class Engine(Protocol):
 
     def load_weights(self, weights: dict[str, np.ndarray], version: int) -> str:
         """Take the policy's full weights; returns the checksum of what was loaded."""
+        ...
+
+    def serve(self, decoder: Any) -> None:
+        """Change the catalogue (a `rollout.decode.Decoder`): from now on its items are written, and no others."""
         ...

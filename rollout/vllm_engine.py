@@ -16,7 +16,7 @@ import torch
 
 from rollout.decode import Decoder
 from rollout.hf_engine import load_policy
-from rollout.search import distinct, likeliest, sample_seed
+from rollout.search import distinct, likeliest, roots, sample_seed
 from rollout.support import TorchTrie
 from rollout.types import RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, merged_weights, require_fit, shapes_of, tied_head
@@ -44,6 +44,7 @@ class VLLMEngine:
         decoder: catalogue and trie.
         dtype: auto, float32 or bfloat16; auto is float32 on CPU.
         max_prompt_tokens: longest prompt.
+        items: most items of a completion.
         kv_cache_gb: key-value cache on CPU.
         gpu_memory_utilization: share of a GPU's memory.
         lora_rank: > 0 makes room for adapters of that rank (`rollout.sync: adapter`).
@@ -61,6 +62,7 @@ class VLLMEngine:
         *,
         dtype: str = "auto",
         max_prompt_tokens: int = 512,
+        items: int = 1,
         kv_cache_gb: int = 1,
         gpu_memory_utilization: float = 0.4,
         lora_rank: int = 0,
@@ -72,12 +74,14 @@ class VLLMEngine:
         self.trie = TorchTrie(decoder.trie)
         self.policy_version = 0
         self._adapter: LoRARequest | None = None
+        self._failure = ""
         self._folder = tempfile.TemporaryDirectory(prefix="sidrl-vllm-")
-        decoder.trie.save(Path(self._folder.name) / "trie")
+        self._trie_folder = Path(self._folder.name) / "trie-0"
+        decoder.trie.save(self._trie_folder)
         # On CPU vLLM packs the output matrix when it loads and keeps the pack when tied weights are loaded again: the
         # head would stay old. There the engine's copy is untied, and every load names the head itself. There too, a
         # seeded request that is prefilled in chunks crashes: vLLM rewinds its generator, which on CPU it cannot.
-        longest = max_prompt_tokens + decoder.trie.depth + 1
+        longest = max_prompt_tokens + self.decoder.completion_tokens(items) + 1
         start: dict[str, Any] = {}
         if not on_gpu:
             start = {
@@ -98,7 +102,7 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",
                 max_logprobs=-1,  # a beam asks for as many as it is wide
                 logits_processors=[TrieProcessor],
-                additional_config={TRIE_FOLDER: str(Path(self._folder.name) / "trie")},
+                additional_config={TRIE_FOLDER: str(self._trie_folder)},
                 enable_prefix_caching=True,
                 gpu_memory_utilization=gpu_memory_utilization,
                 trust_remote_code=trust_remote_code,
@@ -123,17 +127,18 @@ class VLLMEngine:
             return self._search(samples, sampling)
         greedy = sampling.sampler == "greedy"
         width = 1 if greedy else sampling.group_size  # the greedy path is one: computed once, given G times
-        depth = self.decoder.trie.depth
+        wishes = self._wishes(samples, sampling)
         params = [
             self._params(
                 sampling,
+                wish,
                 n=width,
-                max_tokens=depth,
+                max_tokens=self.decoder.completion_tokens(sampling.items),
                 temperature=0.0 if greedy else sampling.temperature,
                 seed=sample_seed(sampling.seed, sample),
                 logprobs=0,
             )
-            for sample in samples
+            for sample, wish in zip(samples, wishes, strict=True)
         ]
         outputs = self._run([sample.prompt_ids for sample in samples], params)
         groups = []
@@ -190,31 +195,57 @@ class VLLMEngine:
         self.policy_version = version
         return checksum(adapter)
 
-    def _params(self, sampling: Sampling, prefix: int = 0, **settings: Any) -> SamplingParams:
+    def serve(self, decoder: Decoder) -> None:
+        """Change the catalogue: from now on items of `decoder` are written, and no others."""
+        folder = Path(self._folder.name)
+        old, self._trie_folder = self._trie_folder, folder / f"trie-{int(self._trie_folder.name.split('-')[1]) + 1}"
+        decoder.trie.save(self._trie_folder)
+        shutil.rmtree(old)  # where it is still mapped its memory stays
+        self.decoder, self.trie = decoder, TorchTrie(decoder.trie)
+
+    def _wishes(self, samples: Sequence[Sample], sampling: Sampling) -> list[dict[str, Any]]:
+        """What requests for samples ask of the trie (`rollout.vllm_trie.Wish`)."""
+        wish: dict[str, Any] = {"trie": str(self._trie_folder)}
+        if sampling.items > 1:
+            wish |= {"items": sampling.items, "marks": list(self.decoder.marks)}
+        views = self.decoder.views(samples)
+        if views is None:
+            return [wish] * len(samples)
+        return [wish | {"only" if listed else "without": leaves.tolist()} for listed, leaves in views.restrictions()]
+
+    def _params(self, sampling: Sampling, wish: Mapping[str, Any], **settings: Any) -> SamplingParams:
         return SamplingParams(
-            top_p=1.0,
+            top_p=sampling.top_p,
             top_k=-1,
             min_p=0.0,
             repetition_penalty=1.0,
             ignore_eos=True,
             detokenize=False,
-            extra_args={OPT_IN: prefix} if sampling.constrained else None,
+            extra_args={OPT_IN: dict(wish)} if sampling.constrained else None,
             **settings,
         )
 
     def _run(self, prompts: Sequence[Sequence[int]], params: list[SamplingParams]) -> list[Any]:
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return self.llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)
+        if self._failure:
+            raise RuntimeError(f"this engine has failed before and holds half-done requests: {self._failure}")
+        try:
+            return self.llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)
+        except Exception as error:
+            self._failure = str(error)  # vLLM would go on with the old requests, and never end
+            raise
 
     def _search(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
         """Beams and draws without replacement, level by level."""
         if not samples:
             return []
-        levels, width = _Levels(self, samples, sampling), sampling.group_size
+        views, width = self.decoder.views(samples), sampling.group_size
+        trie, start_B = self.trie.under(views), roots(views, len(samples))
+        levels = _Levels(self, trie, samples, sampling)
         if sampling.sampler == "beam":
-            found = likeliest(levels, self.trie, len(samples), width)
+            found = likeliest(levels, trie, start_B, width)
             return self.decoder.groups_of_leaves(samples, *found, policy_version=self.policy_version)
-        leaves, logps, inclusion = distinct(levels, self.trie, samples, width, sampling.seed)
+        leaves, logps, inclusion = distinct(levels, trie, start_B, samples, width, sampling.seed)
         return self.decoder.groups_of_leaves(samples, leaves, logps, inclusion, policy_version=self.policy_version)
 
 
@@ -245,49 +276,58 @@ class _Levels:
     Beams need the likeliest children of a branch only, draws without replacement need all.
     """
 
-    def __init__(self, engine: VLLMEngine, samples: Sequence[Sample], sampling: Sampling) -> None:
-        self.engine, self.samples, self.sampling = engine, samples, sampling
+    def __init__(self, engine: VLLMEngine, trie: TorchTrie, samples: Sequence[Sample], sampling: Sampling) -> None:
+        self.engine, self.trie, self.samples, self.sampling = engine, trie, samples, sampling
+        self.wishes = engine._wishes(samples, sampling)
         self.paths: list[list[tuple[int, ...]]] = []
 
     def __call__(
-        self, nodes_BW: torch.Tensor, parents_BW: torch.Tensor, alive_BW: torch.Tensor
+        self, places_BW: torch.Tensor, parents_BW: torch.Tensor, alive_BW: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        trie, nodes_N = self.engine.trie, nodes_BW.reshape(-1)
-        self._grow(nodes_BW, parents_BW)
-        child_NC, there_NC = trie.children(nodes_N)
+        self._grow(places_BW, parents_BW)
+        trie, places_N, level = self.trie, places_BW.reshape(-1), len(self.paths[0][0])
+        child_NC, there_NC = trie.children(places_N)
         most = child_NC.shape[1]
         # The temperature divides the logits before processed_logprobs are taken.
-        params = self.engine._params(
-            self.sampling,
-            len(self.paths[0][0]),
-            max_tokens=1,
-            temperature=self.sampling.temperature,
-            logprobs=most if self.sampling.sampler == "unique" else min(self.sampling.group_size, most),
-        )
+        params = [
+            self.engine._params(
+                self.sampling,
+                wish | {"prefix": level},
+                max_tokens=1,
+                temperature=self.sampling.temperature,
+                logprobs=most if self.sampling.sampler == "unique" else min(self.sampling.group_size, most),
+            )
+            for wish in self.wishes
+        ]
         logps_NC = torch.full(child_NC.shape, float("-inf"))
         alone_N = there_NC.sum(dim=1) == 1
         logps_NC[alone_N, 0] = 0.0  # an only child is certain: no need to ask, and deep in a trie most are
         asked_N = (alive_BW.reshape(-1) & ~alone_N).nonzero()[:, 0]
         if not len(asked_N):
             return logps_NC, child_NC
-        branches = [(sample, path) for sample, paths in zip(self.samples, self.paths, strict=True) for path in paths]
-        prompts = [(*branches[n][0].prompt_ids, *branches[n][1]) for n in asked_N.tolist()]
-        given = [output.outputs[0].logprobs[0] for output in self.engine._run(prompts, [params] * len(prompts))]
+        branches = [(row, path) for row, paths in enumerate(self.paths) for path in paths]
+        asked = [branches[n] for n in asked_N.tolist()]
+        prompts = [(*self.samples[row].prompt_ids, *path) for row, path in asked]
+        outputs = self.engine._run(prompts, [params[row] for row, _ in asked])
+        given = [output.outputs[0].logprobs[0] for output in outputs]
         counts = torch.tensor([len(entries) for entries in given])
         tokens_E = torch.tensor([token for entries in given for token in entries])
         values_E = torch.tensor([entry.logprob for entries in given for entry in entries.values()])
         owners_E = asked_N.repeat_interleave(counts)
-        child_E = trie.find(nodes_N[owners_E], tokens_E)
+        child_E = trie.find(places_N[owners_E], tokens_E, level)
         legal_E = values_E.isfinite() & (child_E >= 0)
         owners_E, child_E = owners_E[legal_E], child_E[legal_E]
-        logps_NC[owners_E, child_E - child_NC[owners_E, 0]] = values_E[legal_E]
+        # Children of a row ascend, and rows do with this key, so that each value finds its column.
+        span, row_N1 = int(child_NC.max()) + 1, torch.arange(len(child_NC))[:, None]
+        column_E = torch.searchsorted((row_N1 * span + child_NC)[there_NC], owners_E * span + child_E)
+        logps_NC.view(-1)[there_NC.view(-1).nonzero()[:, 0][column_E]] = values_E[legal_E]
         return logps_NC, child_NC
 
-    def _grow(self, nodes_BW: torch.Tensor, parents_BW: torch.Tensor) -> None:
+    def _grow(self, places_BW: torch.Tensor, parents_BW: torch.Tensor) -> None:
         if not self.paths:
             self.paths = [[()] for _ in self.samples]
             return
-        tokens_BW = self.engine.trie.token_of[nodes_BW].tolist()
+        tokens_BW = self.trie.tokens(places_BW).tolist()
         self.paths = [
             [(*paths[parent], token) for parent, token in zip(parents, tokens, strict=True)]
             for paths, parents, tokens in zip(self.paths, parents_BW.tolist(), tokens_BW, strict=True)

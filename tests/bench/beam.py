@@ -88,11 +88,10 @@ class Bench:
         """Tree-mask beams on the Hugging Face model."""
         prompts = [sample.prompt_ids for sample in self.samples]
         leaves_BW, logps_BWL = beam(self.model, self.trie, prompts, self.width)
-        first = self.decoder.trie.level_start[-2]
         return [
             [
                 (float(logp.sum()), tuple(path))
-                for logp, path in zip(logps, self.decoder.paths[leaves - first], strict=True)
+                for logp, path in zip(logps, self.decoder.trie.paths(leaves), strict=True)
             ]
             for leaves, logps in zip(leaves_BW, logps_BWL, strict=True)
         ]

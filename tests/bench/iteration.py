@@ -115,7 +115,11 @@ def _trl(options: argparse.Namespace, world: BenchWorld, folder: Path) -> GRPOTr
     policy = with_adapter(model, RunConfig())
     tokenizer = AutoTokenizer.from_pretrained(world.folder)
     depth, rows = world.decoder.trie.depth, options.prompts * options.group
-    targets = [tuple(world.decoder.path_of_sid[world.decoder.catalog.sid_index_N[s.targets[0]]]) for s in world.samples]
+    targets = [
+        tuple(path)
+        for path in world.decoder.paths_of_items([s.targets[0] for s in world.samples]).tolist()
+        for s in world.samples
+    ]
 
     def hit(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float]:
         return [float(tuple(ids[:depth]) == targets[one]) for ids, one in zip(completion_ids, row, strict=True)]

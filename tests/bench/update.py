@@ -34,7 +34,7 @@ from rewards.runner import RewardSet
 from rl.algorithms import build_algorithm
 from rl.progress import Progress
 from rl.recorder import Recorder
-from rl.scoring import support_nodes
+from rl.scoring import support_places
 from rl.task import Task
 from rl.tiny import build_tokenizer
 from rl.trl_trainer import SidTrainer
@@ -164,7 +164,7 @@ class Bench:
             "trl": self._trl(options, tokenizer),
         }
         self.trie = TorchTrie(decoder.trie)
-        paths = decoder.paths[rng.integers(0, decoder.trie.num_leaves, (options.groups, options.group))]
+        paths = decoder.trie.paths()[rng.integers(0, decoder.trie.num_leaves, (options.groups, options.group))]
         self.batch = self._batch(samples, paths)
 
     def seconds(self, side: str) -> float:
@@ -197,8 +197,8 @@ class Bench:
 
     def gradient_difference(self) -> float:
         """Relative difference of the gradients on the whole vocabulary."""
-        trie = self.batch["nodes"]
-        self.batch["nodes"] = torch.full_like(trie, WHOLE_VOCABULARY)
+        trie = self.batch["places"]
+        self.batch["places"] = torch.full_like(trie, WHOLE_VOCABULARY)
         gradients = []
         for side in ("ours", "trl"):
             self.model.zero_grad(set_to_none=True)
@@ -206,7 +206,7 @@ class Bench:
             gradients.append(
                 torch.cat([p.grad.flatten().double() for p in self.model.parameters() if p.grad is not None])
             )
-        self.batch["nodes"] = trie
+        self.batch["places"] = trie
         return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
 
     def _loss(self, side: str) -> torch.Tensor:
@@ -268,7 +268,8 @@ class Bench:
             "advantages": torch.randn(len(prompts)).to(device),
             "old_per_token_logps": sampler_logps,
             "sampler_logps": sampler_logps,
-            "nodes": support_nodes(self.trie, completions, torch.ones_like(completions).bool()),
+            "views": None,
+            "places": support_places(self.trie, completions, torch.ones_like(completions).bool()),
             "num_items_in_batch": torch.tensor(completions.numel()).to(device),
         }
 

@@ -46,7 +46,7 @@ def mixed(world: World, tmp_path: Path) -> str:
 
 
 def item_logp(run: Run, prompt: tuple[int, ...], sid: int) -> torch.Tensor:
-    path = tuple(run.trainer.task.decoder.path_of_sid[sid].tolist())
+    path = run.trainer.task.decoder.path_of(sid)
     return trie_logps(run, run.trainer.policy, prompt, path).sum()
 
 
@@ -202,8 +202,8 @@ def test_settings_that_do_not_fit(
 
 
 def test_rows_that_do_not_fit(make_run: MakeTrainer, world: World, mixed: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="restricts its candidates, and rollouts of algo=grpo"):
-        make_run({"data.path": mixed})
+    with pytest.raises(DataError, match="Sids may be recommended, and rollout.group_size=8 different ones are asked"):
+        make_run({"data.path": mixed, "rollout.sampler": "unique", "rollout.group_size": 8})
     first, *others = world.splits["train"]
     rows = (replace(first, targets=(5,), gains=(1.0,), candidates=(0, 1)), *others)
     write_world(replace(world, splits={**world.splits, "train": rows}), tmp_path / "bad")

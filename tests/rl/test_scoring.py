@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from rl import scoring
-from rl.scoring import OutputLayer, require_exact, score_tokens, support_nodes
+from rl.scoring import OutputLayer, require_exact, score_tokens, support_places
 from rollout.support import TorchTrie
 from rollout.trie import SidTrie
 
@@ -148,7 +148,7 @@ def test_scores_and_gradients_are_those_of_plain_rows(
     ids, mask, on_trie = batch(texts, [5, 2, 9], 4)
     expected = plain(model, ids, mask, on_trie)
     expected_gradient = gradient(model, expected)
-    nodes = support_nodes(trie(), ids[:, -on_trie.shape[1] :], on_trie)
+    nodes = support_places(trie(), ids[:, -on_trie.shape[1] :], on_trie)
     scores = score_tokens(model, trie(), ids, mask, nodes, group=group)
     torch.testing.assert_close(scores.logps_BT, expected, atol=1e-5, rtol=1e-5)
     assert relative(gradient(model, scores.logps_BT), expected_gradient) <= CLOSE
@@ -158,7 +158,7 @@ def test_scores_and_gradients_are_those_of_plain_rows(
 def test_an_adapter_that_is_off_is_left_out(kind: str) -> None:
     model: Any = model_of(kind)
     ids, mask, on_trie = batch([[1]], [4, 6], 2)
-    nodes = support_nodes(trie(), ids[:, -on_trie.shape[1] :], on_trie)
+    nodes = support_places(trie(), ids[:, -on_trie.shape[1] :], on_trie)
     with torch.no_grad(), model.disable_adapter():
         off = score_tokens(model, trie(), ids, mask, nodes, group=2).logps_BT
         torch.testing.assert_close(off, plain(model, ids, mask, on_trie), atol=1e-5, rtol=1e-5)
@@ -169,7 +169,7 @@ def test_an_adapter_that_is_off_is_left_out(kind: str) -> None:
 def test_micro_batches_change_nothing() -> None:
     model = model_of("lora")
     ids, mask, on_trie = batch([[1], [0]], [5, 2, 9, 4], 4)
-    nodes = support_nodes(trie(), ids[:, -on_trie.shape[1] :], on_trie)
+    nodes = support_places(trie(), ids[:, -on_trie.shape[1] :], on_trie)
     whole = score_tokens(model, trie(), ids, mask, nodes, group=4).logps_BT
     slices = zip(ids.split(4), mask.split(4), nodes.split(4), strict=True)
     parts = [score_tokens(model, trie(), *part, group=4) for part in slices]
@@ -179,22 +179,22 @@ def test_micro_batches_change_nothing() -> None:
 def test_entropy_is_that_of_the_support() -> None:
     model = model_of("untied")
     ids, mask, on_trie = batch([[0]], [4], 4)
-    nodes = support_nodes(trie(), ids[:, -3:], on_trie)
+    nodes = support_places(trie(), ids[:, -3:], on_trie)
     scores = score_tokens(model, trie(), ids, mask, nodes, group=4, temperature=0.7)
     logits = model(input_ids=ids[:1], use_cache=False).logits[0, 3] / 0.7
     share = logits[[40, 43, 44]].softmax(dim=-1)
     assert float(scores.entropies_BT[0, 0]) == pytest.approx(float(-(share * share.log()).sum()), rel=1e-4)
 
 
-def test_support_nodes_restart_at_each_item() -> None:
+def test_support_places_restart_at_each_item() -> None:
     shelf = trie()
     tokens = torch.tensor([[7, 40, 50, 61, 44, 57, 69]])
     on = torch.tensor([[False, True, True, True, True, True, True]])
-    (nodes,) = support_nodes(shelf, tokens, on).tolist()
+    (nodes,) = support_places(shelf, tokens, on).tolist()
     walk = shelf.trie.walk(np.array([[40, 50], [44, 57]])).tolist()
     assert nodes == [-1, *walk[0], *walk[1]]
     with pytest.raises(ValueError, match=r"row 0, token 2: 57 follows no node"):
-        support_nodes(shelf, torch.tensor([[7, 40, 57]]), torch.tensor([[False, True, True]]))
+        support_places(shelf, torch.tensor([[7, 40, 57]]), torch.tensor([[False, True, True]]))
 
 
 def test_only_the_rows_of_the_level_are_multiplied() -> None:
@@ -211,7 +211,7 @@ def test_only_the_rows_of_the_level_are_multiplied() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputLayer, "logits", watch)
         ids, mask, on_trie = batch([[0]], [4, 4], 3)
-        score_tokens(model, shelf, ids, mask, support_nodes(shelf, ids[:, -3:], on_trie), group=3)
+        score_tokens(model, shelf, ids, mask, support_places(shelf, ids[:, -3:], on_trie), group=3)
     assert widths == [5, 8, 10]
 
 
@@ -238,7 +238,7 @@ def test_logits_that_are_scaled_or_capped(name: str) -> None:
                 parameter.normal_(0, 3 * parameter.shape[1] ** -0.5)
     require_exact(model, packing=True)
     ids, mask, on_trie = batch([[1], [0]], [5, 3], 2)
-    nodes = support_nodes(trie(), ids[:, -on_trie.shape[1] :], on_trie)
+    nodes = support_places(trie(), ids[:, -on_trie.shape[1] :], on_trie)
     with torch.no_grad():
         found = score_tokens(model, trie(), ids, mask, nodes, group=2).logps_BT
         torch.testing.assert_close(found, plain(model, ids, mask, on_trie), atol=1e-4, rtol=1e-4)

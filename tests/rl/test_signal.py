@@ -28,7 +28,7 @@ def gradient_of(run: Run) -> dict[str, torch.Tensor]:
 def target_path(run: Run, sample: Sample) -> tuple[int, ...]:
     (item,) = sample.targets
     decoder = run.trainer.task.decoder
-    return tuple(decoder.path_of_sid[decoder.catalog.sid_index_N[item]].tolist())
+    return tuple(decoder.path_of(int(decoder.catalog.sid_index_N[item])))
 
 
 # SFT term -------------------------------------------------------------------------------------------------------------

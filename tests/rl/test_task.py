@@ -110,11 +110,24 @@ def test_what_is_said_of_the_data(make_config: MakeConfig) -> None:
     assert said == ["sidrl data: 24 items, 23 Sids (1 items share one), rows train 48, valid 10, test 12"]
 
 
-def test_candidates_are_refused(make_config: MakeConfig, make_policy: MakePolicy, world: World) -> None:
-    rows = list(world.splits["train"])
-    rows[3] = replace(rows[3], candidates=(1, 2))
-    with pytest.raises(DataError, match=r"train:3: restricts its candidates.*drop the column `candidates`"):
-        prepare_task(make_config(), replace(world, splits={**world.splits, "train": tuple(rows)}), make_policy(), hush)
+def test_targets_must_be_allowed(make_config: MakeConfig, make_policy: MakePolicy, world: World) -> None:
+    first, second, *others = world.splits["train"]
+    elsewhere = next(item for item in range(len(world.catalog)) if item not in first.targets)
+    rows = (replace(first, candidates=(elsewhere,)), replace(second, history=second.targets), *others)
+    restricted = replace(world, splits={**world.splits, "train": rows})
+    with pytest.raises(
+        DataError, match="1 bad rows.*\n.*train:0: target-not-allowed: none of the targets is among the candidates"
+    ):
+        prepare_task(make_config(), restricted, make_policy(), hush)
+    settings = {"data.on_bad_rows": "skip", "data.exclude_history": True}
+    task = prepare_task(make_config(settings), restricted, make_policy(), hush)
+    seen = [
+        record for records in world.splits.values() for record in records if set(record.targets) <= {*record.history}
+    ]
+    assert task.skipped == 2 + len(seen) and not {"train:0", "train:1"} & {
+        s.record.source for s in task.samples["train"]
+    }
+    assert all(set(s.record.excluded) == set(s.record.history) for split in task.samples.values() for s in split)
 
 
 # Settings against data ------------------------------------------------------------------------------------------------

@@ -66,11 +66,11 @@ def test_child_logps_equal_a_masked_softmax(seed: int) -> None:
     for row, prefix in enumerate(prefixes):
         legal = legal_next(paths, prefix)
         there = logps_NC[row].isfinite()
-        assert trie.token_of[child_NC[row, there]].tolist() == legal
+        assert trie.tokens(child_NC[row, there]).tolist() == legal
         torch.testing.assert_close(logps_NC[row, there], expected_NV[row, legal], atol=1e-6, rtol=1e-6)
         assert bool((logps_NC[row, ~there] == float("-inf")).all())
         # Padding repeats a real child, so that it can be gathered.
-        assert set(trie.token_of[child_NC[row, ~there]].tolist()) <= set(legal)
+        assert set(trie.tokens(child_NC[row, ~there]).tolist()) <= set(legal)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
