@@ -35,6 +35,8 @@ from rollout.vllm_trie import OPT_IN, TRIE_FOLDER, TrieProcessor
 
 CPU_BATCH_TOKENS, CPU_BATCH_SEQUENCES = 8192, 512  # vLLM's defaults are smaller; one step of a small policy is overhead
 
+FIRST_TRIE = "trie-0"
+
 
 class VLLMEngine:
     """Generates groups with vLLM.
@@ -76,7 +78,7 @@ class VLLMEngine:
         self._adapter: LoRARequest | None = None
         self._failure = ""
         self._folder = tempfile.TemporaryDirectory(prefix="sidrl-vllm-")
-        self._trie_folder = Path(self._folder.name) / "trie-0"
+        self._trie_folder = Path(self._folder.name) / FIRST_TRIE
         decoder.trie.save(self._trie_folder)
         # On CPU vLLM packs the output matrix when it loads and keeps the pack when tied weights are loaded again: the
         # head would stay old. There the engine's copy is untied, and every load names the head itself. There too, a
@@ -200,12 +202,13 @@ class VLLMEngine:
         folder = Path(self._folder.name)
         old, self._trie_folder = self._trie_folder, folder / f"trie-{int(self._trie_folder.name.split('-')[1]) + 1}"
         decoder.trie.save(self._trie_folder)
-        shutil.rmtree(old)  # where it is still mapped its memory stays
+        if old.name != FIRST_TRIE:  # requests that name none mean that one
+            shutil.rmtree(old)  # where it is still mapped its memory stays
         self.decoder, self.trie = decoder, TorchTrie(decoder.trie)
 
     def _wishes(self, samples: Sequence[Sample], sampling: Sampling) -> list[dict[str, Any]]:
         """What requests for samples ask of the trie (`rollout.vllm_trie.Wish`)."""
-        wish: dict[str, Any] = {"trie": str(self._trie_folder)}
+        wish: dict[str, Any] = {} if self._trie_folder.name == FIRST_TRIE else {"trie": str(self._trie_folder)}
         if sampling.items > 1:
             wish |= {"items": sampling.items, "marks": list(self.decoder.marks)}
         views = self.decoder.views(samples)
@@ -221,7 +224,7 @@ class VLLMEngine:
             repetition_penalty=1.0,
             ignore_eos=True,
             detokenize=False,
-            extra_args={OPT_IN: dict(wish)} if sampling.constrained else None,
+            extra_args={OPT_IN: dict(wish) or 0} if sampling.constrained else None,
             **settings,
         )
 

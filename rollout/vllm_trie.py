@@ -63,6 +63,8 @@ class Wish:
         value = (params.extra_args or {}).get(OPT_IN)
         if value is None:
             return None
+        if value == 0 and type(value) is int:
+            return WHOLE_ITEM
         known = {field.name for field in fields(cls)}
         mapping = isinstance(value, Mapping) and set(value) <= known
         wish = cls(**value) if mapping else cls(prefix=value)  # type: ignore[arg-type]
@@ -79,6 +81,9 @@ class Wish:
         return self.only is None and not len(self.without) and self.items == 1
 
 
+WHOLE_ITEM = Wish()
+
+
 class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
     """Leaves the children of each constrained request's node and nothing else; a dead prefix raises."""
 
@@ -91,7 +96,8 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         # V2: the wish of each slot, and on the device the item tokens its prompt ends with (-1: no trie).
         self.slots: dict[int, Wish] = {}
         self.prefix_len = torch.full((getattr(self.req_states, "max_num_reqs", 0),), -1, dtype=torch.long)
-        self._serve(vllm_config.additional_config[TRIE_FOLDER])
+        self.first: str = vllm_config.additional_config[TRIE_FOLDER]
+        self._serve(self.first)
 
     def _serve(self, folder: str) -> None:
         self.folder, self.trie = folder, SidTrie.load(folder)
@@ -99,11 +105,11 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def _follow(self, wishes: Iterable[Wish]) -> None:
         """Open the trie that the running requests name, if it is another one than before."""
-        named = {wish.trie for wish in wishes} - {None}
+        named = {wish.trie or self.first for wish in wishes}
         if len(named) > 1:
-            raise ValueError(f"requests of several tries are running at once: {sorted(map(str, named))}")
+            raise ValueError(f"requests of several tries are running at once: {sorted(named)}")
         if named - {self.folder}:
-            self._serve(str(named.pop()))
+            self._serve(named.pop())
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -258,7 +264,7 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if not len(row_ids):
             return logits
         slots = slots[row_ids]
-        if any(wish.trie for wish in self.slots.values()):
+        if self.folder != self.first or any(wish.trie for wish in self.slots.values()):
             self._follow(self.slots[slot] for slot in slots.tolist())
         item_start = self.req_states.prompt_len.gpu[slots].long() - prefix_len[row_ids]
         written = ctx.pos[row_ids].long() + 1 - item_start
