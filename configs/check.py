@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.keys import leaf_types, suggestion
 from configs.passthrough import grpo_fields, lora_fields, lora_reason, trl_reason
-from configs.schema import CriticConfig, RLConfig, RunConfig
+from configs.schema import CriticConfig, RLConfig, RunConfig, ThoughtConfig
 
 
 class ConfigError(ValueError):
@@ -81,6 +81,9 @@ RANGES: dict[str, Range] = {
     "rollout.top_p": Range(0, 1, low_open=True),
     "rollout.items_per_completion": COUNT,
     "rollout.max_batch_prompts": COUNT,
+    "thought.max_tokens": NOT_NEGATIVE,
+    "thought.rollouts": COUNT,
+    "thought.penalty": NOT_NEGATIVE,
     "rollout.kv_cache_gb": COUNT,
     "rollout.gpu_memory_utilization": Range(0, 1, low_open=True),
     "rollout.cpus_per_engine": NOT_NEGATIVE,
@@ -151,7 +154,19 @@ VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError with every problem of `config`, each naming its settings and their values."""
-    parts = (_ranges, _texts, _prompt, _warmup, _rollout, _rewards, _policy_update, _critic, _ranking, _passthrough)
+    parts = (
+        _ranges,
+        _texts,
+        _prompt,
+        _warmup,
+        _rollout,
+        _thought,
+        _rewards,
+        _policy_update,
+        _critic,
+        _ranking,
+        _passthrough,
+    )
     problems = [problem for part in parts for problem in part(config)]
     if problems:
         raise ConfigError(problems)
@@ -228,6 +243,28 @@ def _rollout(config: RunConfig) -> Iterator[str]:
         yield "rollout.sync=adapter needs lora.enabled=true: without LoRA there is no adapter to send"
     if config.rollout.engine == "hf":
         yield "rollout.sync=adapter needs vLLM, and rollout.engine=hf: the hf engine takes rollout.sync=merged"
+
+
+def _thought(config: RunConfig) -> Iterator[str]:
+    thought, size = config.thought, config.rollout.group_size
+    if not thought.max_tokens:
+        if thought != ThoughtConfig(max_tokens=0):
+            yield "thought.max_tokens=0 writes no thoughts, and other settings of thought are set"
+        return
+    if thought.rollouts >= 1 and size % thought.rollouts:
+        yield f"thought.rollouts={thought.rollouts} must divide rollout.group_size={size}"
+    if thought.rollouts == size:
+        yield f"thought.rollouts={thought.rollouts} leaves one thought a prompt: it has no other to be compared with"
+    if config.algo == "pl":
+        yield f"thought.max_tokens={thought.max_tokens} is not for algo=pl: it ranks items, not texts"
+    for key in ("rl.sft_coef", "rl.inject_targets"):
+        if _value(config, key):
+            yield f"{key} puts targets after the prompt, where thought.max_tokens={thought.max_tokens} puts text"
+    if thought.rollouts > 1:
+        if config.rl.prefix_credit:
+            yield f"rl.prefix_credit and thought.rollouts={thought.rollouts} both make advantages per token: take one"
+        if config.algo == "ppo":
+            yield f"thought.rollouts={thought.rollouts}: the critic of algo=ppo gives advantages of its own; set 1"
 
 
 def _rewards(config: RunConfig) -> Iterator[str]:

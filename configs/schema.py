@@ -122,6 +122,35 @@ class RolloutConfig:
 
 
 @dataclass
+class ThoughtConfig:
+    """Free text that the policy writes before its items.
+
+    Args:
+        max_tokens: Tokens a thought may have; one that has not ended then is closed by force. 0 writes no thoughts.
+        tasks: Tasks whose rows think; empty for all. The others go straight to their items, in the same batches.
+        open: Text that opens a thought, put at the end of the prompt.
+        end: The token that ends it; empty takes the begin mark of the Sid format.
+        close: Text that is set between that token and the item (the begin mark needs no mention).
+        rollouts: Items (or slates) that continue each thought; divides `rollout.group_size`. With more than one,
+            advantages are nested: an item's compares it with the others of its thought, a thought's with the others.
+        item_tokens: Whether a thought may hold the tokens of Sids.
+        unfinished: What becomes of rollouts whose thought was closed by force: keep them, mask them (no gradient), or
+            penalise them.
+        penalty: What `penalise` takes from the reward.
+    """
+
+    max_tokens: int = 0
+    tasks: list[str] = field(default_factory=list)
+    open: str = ""
+    end: str = ""
+    close: str = ""
+    rollouts: int = 1
+    item_tokens: bool = False
+    unfinished: Literal["keep", "mask", "penalise"] = "keep"
+    penalty: float = 1.0
+
+
+@dataclass
 class RewardConfig:
     """One reward of the weighted sum.
 
@@ -321,6 +350,7 @@ class RunConfig:
         data: Catalogue and rows.
         warmup: The policy that is made when `model.path` is unset.
         rollout: How rollouts are drawn.
+        thought: Free text before the items.
         rewards: Weighted list of rewards.
         rl: The policy update.
         critic: The critic of ppo.
@@ -340,6 +370,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    thought: ThoughtConfig = field(default_factory=ThoughtConfig)
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
     rl: RLConfig = field(default_factory=RLConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)

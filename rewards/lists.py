@@ -183,6 +183,6 @@ class Overlong:
 
     def __call__(self, group: RolloutGroup, catalog: Catalog) -> list[float]:
         """Punishment of each rollout."""
-        lengths = [len(rollout.on_trie) - sum(rollout.on_trie) for rollout in group.rollouts]
+        lengths = [rollout.text_tokens for rollout in group.rollouts]
         free = self.max_tokens - self.buffer
         return [max(-1.0, min(0.0, (free - length) / self.buffer)) for length in lengths]

@@ -17,8 +17,8 @@ import torch
 from configs.schema import RunConfig
 from rl.scoring import FORCED, TokenScores, score_tokens, support_places
 from rl.task import Task
-from rollout.support import TorchTrie
-from rollout.types import RolloutGroup
+from rollout.support import TEXT, TorchTrie
+from rollout.types import Rollout, RolloutGroup
 from rollout.views import Views
 
 Batch = dict[str, Any]
@@ -49,7 +49,7 @@ class BatchScorer:
 
         Returns:
             `prompt_ids` and `prompt_mask` [B, P] (left padded), `completion_ids` and `completion_mask` [B, T],
-            `tool_mask` [B, T] (TRL's name: 0 on forced tokens, which carry no gradient), `sampler_logps` [B, T],
+            `tool_mask` [B, T] (TRL's name: 0 on tokens without gradient), `sampler_logps` [B, T],
             `places` [B, T] (see `support_places`) in `views` of the trie (None where nothing is restricted), `roots`
             [B] of the first items in them, and `num_items_in_batch`, TRL's count of tokens.
         """
@@ -62,18 +62,17 @@ class BatchScorer:
             "prompt_mask": pad_rows([[1] * len(prompt) for prompt in prompts], 0, left=True),
             "completion_ids": pad_rows([rollout.token_ids for rollout in rollouts], pad),
             "completion_mask": pad_rows([[1] * len(rollout.token_ids) for rollout in rollouts], 0),
-            "tool_mask": pad_rows([[1 - flag for flag in row] for row in forced], 1),
+            "tool_mask": pad_rows([[int(flag) for flag in row] for row in self._counted(rollouts)], 1),
             "sampler_logps": pad_rows([rollout.logps_sampler for rollout in rollouts], 0.0),
         }
         batch: Batch = {name: tensor.to(self.device) for name, tensor in rows.items()}
         views, roots_BK = self._views(groups)
         on_trie_BT = pad_rows([rollout.on_trie for rollout in rollouts], False).to(self.device)
         places_BT = self._places(views, roots_BK, batch["completion_ids"], on_trie_BT)
-        batch |= {
-            "views": views,
-            "roots": roots_BK[:, 0],
-            "places": places_BT.masked_fill(batch["tool_mask"] == 0, FORCED),
-        }
+        if self.trie.banned:
+            places_BT = places_BT.masked_fill(~on_trie_BT, TEXT)
+        places_BT = places_BT.masked_fill(pad_rows(forced, False).to(self.device), FORCED)
+        batch |= {"views": views, "roots": roots_BK[:, 0], "places": places_BT}
         batch["num_items_in_batch"] = (batch["completion_mask"] * batch["tool_mask"]).sum()
         return batch
 
@@ -161,6 +160,17 @@ class BatchScorer:
             view_B.repeat(longest), taken_BKK.reshape(len(view_B) * longest, longest - 1)
         )
         return every, torch.from_numpy(every.roots_V[1:]).view(len(rollouts), longest).to(device)
+
+    def _counted(self, rollouts: Sequence[Rollout]) -> list[list[bool]]:
+        """Which tokens have a gradient: those that were drawn, of rollouts that are not masked."""
+        mask = self.config.thought.unfinished == "mask"
+        return [
+            [
+                not flag and not (mask and rollout.truncated)
+                for flag in rollout.forced or (False,) * len(rollout.token_ids)
+            ]
+            for rollout in rollouts
+        ]
 
     def _places(
         self, views: Views | None, roots_BK: torch.Tensor, tokens_BT: torch.Tensor, on_trie_BT: torch.Tensor

@@ -21,6 +21,7 @@ from rl.metrics import EvalResult, evaluate_lists
 from rl.progress import Progress, console, fail_clearly
 from rl.quiet import quiet_libraries
 from rl.task import Task, load_data, policy_folder, prepare_task
+from rl.thoughts import thought_first
 from rollout.hf_engine import HFEngine, batches_by_length, open_policy
 from rollout.search import beam
 from rollout.types import Sample, Sampling
@@ -58,8 +59,9 @@ def evaluate(
 ) -> Evaluation:
     """Beam search of `eval.beam_width` for the rows of a split, scored at item and Sid level.
 
-    What a row may not be recommended is left out of its list. Under `--algo pl` the list of a row with candidates is
-    these, ranked by what that algorithm trains: their log-probabilities under the whole trie.
+    A row that thinks does so first, greedily. What a row may not be recommended is left out of its list. Under
+    `--algo pl` the list of a row with candidates is these, ranked by what that algorithm trains: their probabilities
+    under the whole trie.
     """
     start = time.perf_counter()
     settings = config.eval
@@ -67,6 +69,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     engine = HFEngine(model, task.decoder, max_batch_prompts=settings.batch_prompts)
+    samples = thought_first(engine, samples, task.thought)
     lists: list[list[int]] = [[] for _ in samples]
     ranks = config.algo == "pl"
     whole = [row for row, sample in enumerate(samples) if not ranks or sample.record.candidates is None]

@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from configs.schema import RunConfig
 from rewards.runner import RewardSet
 from rl.cache import files_fingerprint, make_once
+from rl.thoughts import thinks, thought_of
 from rollout.data.native import write_world
 from rollout.data.problems import DataError, Problem
 from rollout.data.prompts import prepare, sid_vocab, split_users
 from rollout.data.world import World, load_world
 from rollout.decode import Decoder
 from rollout.demo_world import demo_world
-from rollout.types import Record, Sample
+from rollout.types import Record, Sample, Thought
 
 Say = Callable[[str], None]
 
@@ -35,6 +36,7 @@ class Task:
         samples: tokenised rows by split; `train` holds the rows that RL trains on.
         rewards: the rewards, built and tried.
         skipped: bad rows that were left out.
+        thought: how free text before the items is written, if at all.
     """
 
     model_path: Path
@@ -43,6 +45,7 @@ class Task:
     samples: dict[str, list[Sample]]
     rewards: RewardSet
     skipped: int
+    thought: Thought | None = None
 
 
 def data_folder(config: RunConfig, say: Say) -> Path:
@@ -114,6 +117,8 @@ def tokenise(
         template=config.data.prompt_template,
         max_history=config.data.max_history,
         max_prompt_tokens=config.data.max_prompt_tokens,
+        thinks=lambda record: thinks(config.thought, record.task),
+        open_thought=config.thought.open,
     )
     refuse_bad_rows(problems, config, Path(config.data.path))
     return samples, len(problems)
@@ -171,7 +176,11 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
         raise ValueError(f"model.path={model_path}: {error}") from error
     decoder = Decoder.build(world.catalog, vocab, model_config.get_text_config().vocab_size)
     items = config.rollout.items_per_completion
-    needed = config.data.max_prompt_tokens + decoder.completion_tokens(items) + 1
+    try:
+        thought = thought_of(config.thought, tokenizer, vocab, decoder)
+    except ValueError as error:
+        raise ValueError(f"model.path={model_path}: {error}") from error
+    needed = config.data.max_prompt_tokens + decoder.completion_tokens(items) + 1 + (thought.longest if thought else 0)
     if positions is not None and positions < needed:
         raise ValueError(
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} and {items} item{'s' * (items > 1)} need {needed} "
@@ -212,7 +221,7 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
             f"rl.prompts_per_step={config.rl.prompts_per_step}, but RL has only {len(samples['train'])} training rows "
             f"(data.rl_users={config.data.rl_users})"
         )
-    return Task(model_path, tokenizer, decoder, samples, rewards, skipped)
+    return Task(model_path, tokenizer, decoder, samples, rewards, skipped, thought)
 
 
 def _counts(world: World) -> str:

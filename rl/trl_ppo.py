@@ -65,13 +65,13 @@ class PPOTrainer(SidTrainer):
         if rl.kl_coef:
             kl_BT = (batch["sampler_logps"] - batch["reference_logps"]) * mask_BT
             rewards_BT = rewards_BT - rl.kl_coef * kl_BT
-            self.note("reference_kl", float(kl_BT.sum() / mask_BT.sum()))
+            self.note(reference_kl=float(kl_BT.sum() / mask_BT.sum()))
         values_BT = self.scorer.no_grad(self.model, batch, self._values)
         settings = self.config.critic
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=settings.gamma, lam=settings.lam)
         batch |= {"values": values_BT, "returns": returns_BT}
-        self.note("value", float(values_BT.sum() / mask_BT.sum()))
-        self.note("explained_variance", explained_variance(values_BT, returns_BT, mask_BT))
+        self.note(value=float(values_BT.sum() / mask_BT.sum()))
+        self.note(explained_variance=explained_variance(values_BT, returns_BT, mask_BT))
         return whitened(advantages_BT, mask_BT * batch["tool_mask"])
 
     def further_loss(
@@ -81,7 +81,7 @@ class PPOTrainer(SidTrainer):
         values_BT = self._values(inputs, scores)
         settings = self.config.critic
         loss = value_loss(values_BT, inputs["values"], inputs["returns"], inputs["completion_mask"], settings.clip)
-        self.note("value_loss", float(loss.detach()))
+        self.note(value_loss=float(loss.detach()))
         others = super().further_loss(inputs, scores, target_logps_MT)
         return settings.coef * loss + (0.0 if others is None else others)
 

@@ -37,8 +37,8 @@ class RankingTrainer(SidTrainer):
             if rows:
                 with self.phase("rollout"):
                     groups.update(zip(rows, drawn([samples[row] for row in rows], again), strict=True))
-        self.note("legal_rate", 1.0)
-        self.note("policy_version", float(self.fleet.version))
+        self.note(legal_rate=1.0)
+        self.note(policy_version=float(self.fleet.version))
         return [groups[row] for row in range(len(samples))]
 
     def pack(self, groups: list[RolloutGroup]) -> Batch:
@@ -75,7 +75,7 @@ class RankingTrainer(SidTrainer):
             low, high = 1 - self.config.rl.clip_low, 1 + self.config.rl.clip_high
             clipped_PM = ratio_PM.clamp(low, high)
             loss = -torch.minimum(ratio_PM * advantages_PM, clipped_PM * advantages_PM).mean()
-            self.note("clip_ratio/region_mean", float((ratio_PM != clipped_PM).float().mean()))
+            self.note(**{"clip_ratio/region_mean": float((ratio_PM != clipped_PM).float().mean())})
             if self.first_pass:
                 self._ratio_errors.append(float((ratio_PM.detach() - 1).abs().max()))
         return loss.float() / self.current_gradient_accumulation_steps

@@ -29,9 +29,11 @@ from rl.batch import Batch, BatchScorer, slices_of
 from rl.credit import rewards_to_go, token_rewards
 from rl.evaluate import evaluate
 from rl.injection import draw_targets, inject_targets
+from rl.notes import rollout_notes, score_notes
 from rl.recorder import Recorder
 from rl.scoring import TokenScores, require_exact
 from rl.task import Task
+from rl.thoughts import nested_advantages, penalised
 from rl.trailing import Reference, TrailingWeights
 from rl.trl_arguments import adapter_config, adapter_on_output_layer_allowed, grpo_arguments, with_adapter
 from rl.trl_sampler import EpochSampler
@@ -92,13 +94,14 @@ class SidTrainer(GRPOTrainer):
                     config,
                     algorithm,
                     folder,
-                    completion=task.decoder.completion_tokens(config.rollout.items_per_completion),
+                    completion=task.decoder.completion_tokens(config.rollout.items_per_completion)
+                    + (task.thought.longest if task.thought else 0),
                     bf16=model.dtype == torch.bfloat16,
                 ),
                 train_dataset=Dataset.from_dict({"row": list(range(len(self.samples)))}),
                 processing_class=task.tokenizer,
             )
-        trie = TorchTrie(task.decoder.trie, self.accelerator.device)
+        trie = TorchTrie(task.decoder.trie, self.accelerator.device, task.thought.banned if task.thought else ())
         self.scorer = BatchScorer(task, config, trie, self.accelerator.autocast)
         self.add_callback(AfterStep(self))
         rl = config.rl
@@ -131,7 +134,7 @@ class SidTrainer(GRPOTrainer):
         self.sync_weights()
         scored = self.score(self.inject(self.generate(samples)))
         scored = self.refill(scored)
-        self.note_scores(scored)
+        self.note(**score_notes(scored))
         batch = self.pack([group.group for group in scored])
         batch["advantages"] = self.advantages(scored, batch)
         each_PG = batch["advantages"].view(len(samples), self.num_generations, -1).mean(dim=2)  # over its tokens
@@ -168,14 +171,12 @@ class SidTrainer(GRPOTrainer):
             rollout.temperature,
             top_p=rollout.top_p,
             items=rollout.items_per_completion,
+            thought=self.task.thought,
             seed=self.draw_seed(again),
         )
         with self.phase("rollout"):
             groups = self.fleet.generate(samples, sampling)
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        self.note("legal_rate", float(np.mean([rollout.legal for rollout in rollouts])))
-        self.note("distinct_items", float(np.mean([len({r.sids for r in g.rollouts}) / len(g) for g in groups])))
-        self.note("policy_version", float(groups[0].policy_version))
+        self.note(**rollout_notes(groups))
         return groups
 
     def inject(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
@@ -184,13 +185,15 @@ class SidTrainer(GRPOTrainer):
             return groups
         with self.phase("inject"):
             groups, injected = inject_targets(groups, self.drawn_targets(groups), self.task.decoder, self.policy_logps)
-        self.note("injected_targets", float(injected))
+        self.note(injected_targets=float(injected))
         return groups
 
     def score(self, groups: list[RolloutGroup]) -> list[ScoredGroup]:
         """Rewards of whole groups."""
         with self.phase("reward"):
-            return self.task.rewards.score(groups)
+            scored = self.task.rewards.score(groups)
+        thought = self.config.thought
+        return penalised(scored, thought.penalty) if thought.unfinished == "penalise" else scored
 
     def refill(self, scored: list[ScoredGroup]) -> list[ScoredGroup]:
         """Replace groups without signal by groups of fresh prompts, `rl.refill_rounds` times at most (DAPO, eq. 11)."""
@@ -209,19 +212,8 @@ class SidTrainer(GRPOTrainer):
                 empty, self.score(self.generate([self.samples[row] for row in rows], again)), strict=False
             ):
                 scored[place] = group
-        self.note("refilled_groups", float(drawn))
+        self.note(refilled_groups=float(drawn))
         return scored
-
-    def note_scores(self, scored: list[ScoredGroup]) -> None:
-        """What the rewards tell of the batch."""
-        for name in scored[0].rewards:
-            self.note(f"reward/{name}", float(np.mean([group.rewards[name] for group in scored])))
-        for name in scored[0].parts:
-            self.note(f"reward/{name}", float(np.mean([group.parts[name] for group in scored])))
-        rewards_PG = rewards_of(scored)
-        self.note("reward", float(rewards_PG.mean()))
-        self.note("reward_std", float(rewards_PG.std(axis=1).mean()))
-        self.note("zero_signal_groups", float(without_signal(rewards_PG).mean()))
 
     def pack(self, groups: list[RolloutGroup]) -> Batch:
         """Tensors of the loss, groups whole and in order."""
@@ -237,6 +229,8 @@ class SidTrainer(GRPOTrainer):
     def advantages(self, scored: list[ScoredGroup], batch: Batch) -> torch.Tensor:
         """Advantages of the rollouts, [B] or per token [B, T]."""
         advantages = self.algorithm.advantages(rewards_of(scored))
+        if (rollouts := self.config.thought.rollouts) > 1:
+            advantages = nested_advantages(scored, self.algorithm, rollouts, batch["completion_ids"].shape[1])
         if credit := self.config.rl.prefix_credit:  # what is still to be earned from each token on, among the group's
             to_go_PGT = rewards_to_go(
                 token_rewards(scored, self.task.decoder.catalog, credit, batch["completion_ids"].shape[1])
@@ -301,7 +295,7 @@ class SidTrainer(GRPOTrainer):
         if target_logps_MT is None:
             return None
         nll = -target_logps_MT.sum(dim=1).mean()
-        self.note("target_nll", float(nll.detach()))
+        self.note(target_nll=float(nll.detach()))
         return self.config.rl.sft_coef * nll
 
     def after_step(self, step: int) -> None:
@@ -317,8 +311,7 @@ class SidTrainer(GRPOTrainer):
     def evaluate_on_valid(self) -> None:
         """Beam search on the valid rows; its metrics stand in this step's line as `valid/...`."""
         evaluation = evaluate(self.policy, self.task, self.config, "valid", self.recorder.progress, "evaluate valid")
-        for name, value in evaluation.flat().items():
-            self.note(f"valid/{name}", float(value))
+        self.note(**{f"valid/{name}": float(value) for name, value in evaluation.flat().items()})
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; what is not a named phase counts as update."""
@@ -331,10 +324,9 @@ class SidTrainer(GRPOTrainer):
         """Add phases and the ratio error to each step's metrics and write them down."""
         stepped = "loss" in logs
         if stepped:
-            for name, seconds in self._seconds.items():
-                self.note(f"seconds/{name}", seconds)
+            self.note(**{f"seconds/{name}": seconds for name, seconds in self._seconds.items()})
             if self._ratio_errors:
-                self.note("ratio_error", max(self._ratio_errors))
+                self.note(ratio_error=max(self._ratio_errors))
             self._seconds.clear()
             self._ratio_errors.clear()
         super().log(logs, start_time)
@@ -382,9 +374,10 @@ class SidTrainer(GRPOTrainer):
         """Seed of this step's draws; `again` counts further ones."""
         return (self.config.seed * 1_000_003 + self.state.global_step) * 1_009 + again
 
-    def note(self, name: str, value: float) -> None:
-        """A metric of this step; TRL averages what is noted more than once."""
-        self._metrics["train"][name].append(value)
+    def note(self, **values: float) -> None:
+        """Metrics of this step; TRL averages what is noted more than once."""
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

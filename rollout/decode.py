@@ -22,17 +22,20 @@ class Decoder:
         catalog: the items.
         trie: the token paths of their Sids.
         marks: tokens that the format writes between one item and the next.
+        sid_tokens: ranges [first, last + 1) of the tokens that write Sids, marks included.
     """
 
     catalog: Catalog
     trie: SidTrie
     marks: tuple[int, ...] = ()
+    sid_tokens: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def build(cls, catalog: Catalog, vocab: SidVocab, vocab_size: int) -> Decoder:
         """The trie of every distinct Sid of the catalogue. Raises ValueError when a token id is >= vocab_size."""
         trie = SidTrie.from_paths(vocab.paths(catalog.sids_SL), vocab_size)
-        return cls(catalog, trie, (*vocab.end_ids, *vocab.begin_ids))
+        tokens = np.unique(np.concatenate([*vocab.level_ids, (*vocab.begin_ids, *vocab.end_ids)]).astype(np.int64))
+        return cls(catalog, trie, (*vocab.end_ids, *vocab.begin_ids), ranges_of(tokens))
 
     @property
     def paths(self) -> np.ndarray:
@@ -134,3 +137,10 @@ class Decoder:
             )
         )
         return RolloutGroup(sample, rollouts)
+
+
+def ranges_of(tokens: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Distinct, ascending tokens as ranges [first, last + 1)."""
+    breaks = np.flatnonzero(np.diff(tokens) > 1)
+    firsts, lasts = tokens[np.concatenate([[0], breaks + 1])], tokens[np.concatenate([breaks, [len(tokens) - 1]])]
+    return tuple((int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True))

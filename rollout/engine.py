@@ -22,7 +22,7 @@ class EngineSpec:
         model_path: Hugging Face folder of the policy.
         model: how to load it.
         rollout: engine settings.
-        max_prompt_tokens: longest prompt.
+        max_prompt_tokens: longest prompt, with its thought.
         lora_rank: > 0 when adapters will be sent instead of merged weights.
     """
 
@@ -90,4 +90,7 @@ def engine_spec(config: RunConfig, model_path: str | Path) -> EngineSpec:
     if kind == "vllm" and config.rollout.temperature > 2:
         raise ValueError(f"vLLM takes no temperature above 2: rollout.temperature={config.rollout.temperature} ({why})")
     rank = config.lora.r if adapter else 0
-    return EngineSpec(kind, why, str(model_path), config.model, config.rollout, config.data.max_prompt_tokens, rank)
+    longest = config.data.max_prompt_tokens
+    if config.thought.max_tokens:  # what opens and closes a thought has at most a token a byte, and the marks
+        longest += config.thought.max_tokens + len((config.thought.open + config.thought.close).encode()) + 2
+    return EngineSpec(kind, why, str(model_path), config.model, config.rollout, longest, rank)

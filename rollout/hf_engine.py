@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -12,10 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.schema import ModelConfig
 from rollout.decode import Decoder
-from rollout.search import beam, draw, draw_distinct
+from rollout.search import beam, draw, draw_distinct, write
 from rollout.support import TorchTrie
+from rollout.thought import Text, generate
 from rollout.types import RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, require_fit, shapes_of
+
+T = TypeVar("T")
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -73,14 +77,24 @@ class HFEngine:
 
     def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
         """One group per sample, in order."""
-        groups: dict[int, RolloutGroup] = {}
+        return generate(self, samples, sampling)
+
+    def items(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        """Groups of items right after the prompts."""
+        return self._in_batches(samples, lambda batch: self._batch(batch, sampling))
+
+    def write(self, samples: Sequence[Sample], sampling: Sampling, count: int) -> list[list[Text]]:
+        """`count` texts after each prompt."""
+        return self._in_batches(samples, lambda batch: write(self.model, batch, sampling, count))
+
+    def _in_batches(self, samples: Sequence[Sample], work: Callable[[list[Sample]], list[T]]) -> list[T]:
+        results: dict[int, T] = {}
         was_training = self.model.training
         self.model.eval()
         for rows in batches_by_length(samples, self.max_batch_prompts):
-            batch = [samples[row] for row in rows]
-            groups.update(zip(rows, self._batch(batch, sampling), strict=True))
+            results.update(zip(rows, work([samples[row] for row in rows]), strict=True))
         self.model.train(was_training)
-        return [groups[row] for row in range(len(samples))]
+        return [results[row] for row in range(len(samples))]
 
     def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> str:
         """Copy full weights in; the checksum is that of the model's own tensors afterwards.

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rollout.support import TorchTrie, additive_mask
+from rollout.support import TorchTrie, additive_mask, ban_
+from rollout.thought import Text
 from rollout.types import Sample, Sampling
 from rollout.views import Views
 
@@ -350,3 +351,43 @@ def _expander(
         return trie.child_logps(logits_BWV.flatten(0, 1), places_BW.reshape(-1), temperature=temperature)
 
     return expand
+
+
+@torch.no_grad()
+def write(model: PreTrainedModel, samples: Sequence[Sample], sampling: Sampling, count: int) -> list[list[Text]]:
+    """`count` independent texts after each prompt; see `rollout.thought`."""
+    thought, batch = sampling.thought, len(samples)
+    assert thought is not None
+    decoder = TreeDecoder(model, [sample.prompt_ids for sample in samples])
+    device = model.device
+    generators = [np.random.default_rng([sample_seed(sampling.seed, sample), 1]) for sample in samples]
+    uniforms_BWT = torch.from_numpy(np.stack([g.random((count, thought.max_tokens)) for g in generators])).to(device)
+    row_N = torch.arange(batch, device=device).repeat_interleave(count)
+    parents_BW = torch.arange(count, device=device).expand(batch, -1)
+    stops = torch.tensor([thought.end, *thought.stops], device=device)
+    lengths_N = torch.zeros(batch * count, dtype=torch.long, device=device)
+    running_N = torch.ones(batch * count, dtype=torch.bool, device=device)
+    tokens, logps = [], []
+    logits_NV = decoder.prefill()[row_N]
+    for step in range(thought.max_tokens):
+        logps_NV = nucleus(ban_(logits_NV / sampling.temperature, thought.banned).log_softmax(dim=-1), sampling.top_p)
+        if sampling.sampler == "greedy":
+            token_N1 = logps_NV.argmax(dim=-1, keepdim=True)
+        else:
+            cumulative = logps_NV.double().exp().cumsum(dim=-1)
+            threshold = uniforms_BWT[:, :, step].reshape(-1, 1) * cumulative[:, -1:]
+            token_N1 = torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[1] - 1)
+        tokens.append(token_N1[:, 0])
+        logps.append(logps_NV.gather(1, token_N1)[:, 0])
+        lengths_N += running_N
+        running_N &= ~torch.isin(tokens[-1], stops)
+        if not bool(running_N.any()) or step + 1 == thought.max_tokens:
+            break
+        parents = parents_BW if step else 0 * parents_BW
+        logits_NV = decoder.extend(tokens[-1].view(batch, count), parents).flatten(0, 1)
+    tokens_NT, logps_NT = torch.stack(tokens, dim=1).tolist(), torch.stack(logps, dim=1).tolist()
+    texts = [
+        Text(tuple(row[:length]), tuple(values[:length]))
+        for row, values, length in zip(tokens_NT, logps_NT, lengths_N.tolist(), strict=True)
+    ]
+    return [texts[start : start + count] for start in range(0, len(texts), count)]

@@ -9,6 +9,7 @@ Axes: N rows, V vocabulary, C children (padded to the widest row).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ import torch
 from rollout.trie import SidTrie
 from rollout.views import Views
 
-WHOLE_VOCABULARY = -1
+WHOLE_VOCABULARY, TEXT = -1, -3
+"""In place of a place of the trie: any token, or any that free text may hold."""
 
 
 def additive_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -24,14 +26,24 @@ def additive_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+def ban_(logits_NV: torch.Tensor, banned: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Take ranges of tokens out of logits, in place."""
+    for first, stop in banned:
+        logits_NV[:, first:stop] = float("-inf")
+    return logits_NV
+
+
 class TorchTrie:
     """A SidTrie on a device, for batched gathers of children. On the CPU it shares the trie's memory.
 
-    Methods take and give *places*, which here are nodes; `under` gives the same for views of the trie.
+    Methods take and give *places*, which here are nodes; `under` gives the same for views of the trie. `banned` are the
+    ranges of tokens that free text may not hold.
     """
 
-    def __init__(self, trie: SidTrie, device: torch.device | str = "cpu") -> None:
-        self.trie = trie
+    def __init__(
+        self, trie: SidTrie, device: torch.device | str = "cpu", banned: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self.trie, self.banned = trie, banned
         self.device = torch.device(device)
         self.first_child = _tensor(trie.first_child).to(device)
         self.level_start = _tensor(trie.level_start).to(device)
@@ -95,9 +107,9 @@ class TorchTrie:
         return tokens
 
     def depths(self, places_N: torch.Tensor) -> torch.Tensor:
-        """Level of each place (0 for a root), -1 for `WHOLE_VOCABULARY`."""
+        """Level of each place (0 for a root); `WHOLE_VOCABULARY` and `TEXT` are their own."""
         nodes_N = self.nodes(places_N.clamp(min=0))
-        return torch.where(places_N < 0, -1, torch.searchsorted(self.level_start, nodes_N, right=True) - 1)
+        return torch.where(places_N < 0, places_N, torch.searchsorted(self.level_start, nodes_N, right=True) - 1)
 
     def _child_range(self, nodes_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.first_child[nodes_N].long(), self.first_child[nodes_N + 1].long()
@@ -137,7 +149,7 @@ class TorchTrie:
 
         Args:
             logits_NV: logits, already divided by the temperature; of a range of tokens that holds all supports.
-            nodes_N: the place each row stands at, or `WHOLE_VOCABULARY` (-1) where the support is the vocabulary.
+            nodes_N: the place each row stands at, `WHOLE_VOCABULARY` or `TEXT`.
             tokens_N: the token each row wrote; at a node it must be a child.
             first_token: token of the first column.
 
@@ -153,7 +165,8 @@ class TorchTrie:
         for depth in depths_N.unique().tolist():  # rows of one depth have supports of similar width
             rows = (depths_N == depth).nonzero()[:, 0]
             if depth < 0:
-                support = logits_NV[rows].float().log_softmax(dim=-1)
+                logits = logits_NV[rows].float()
+                support = (ban_(logits, self.banned) if depth == TEXT else logits).log_softmax(dim=-1)
                 place = tokens_N[rows, None] - first_token
             else:
                 support, child = self.child_logps(logits_NV[rows], nodes_N[rows], first_token=first_token)

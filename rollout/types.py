@@ -59,10 +59,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Sample:
-    """A Record ready for an engine: its prompt as token ids, ending where the first item token comes next."""
+    """A Record ready for an engine.
+
+    Attributes:
+        record: the row.
+        prompt_ids: its prompt as token ids, ending where the first item token (or the thought) comes next.
+        thinks: free text comes before the items, if the run has thoughts at all.
+    """
 
     record: Record
     prompt_ids: tuple[int, ...]
+    thinks: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -77,6 +84,32 @@ class Sample:
     def gains(self) -> tuple[float, ...]:
         """Relevance of each target."""
         return self.record.gains
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Free text before the items.
+
+    Attributes:
+        max_tokens: tokens it may have; one that has not ended then is closed by force.
+        end: token that ends it.
+        stops: other tokens at which it breaks off, and is closed by force.
+        close: tokens that are set after the end, before the first item.
+        banned: ranges [first, last + 1) of tokens that it may not hold.
+        rollouts: completions that continue each thought.
+    """
+
+    max_tokens: int
+    end: int
+    stops: tuple[int, ...] = ()
+    close: tuple[int, ...] = ()
+    banned: tuple[tuple[int, int], ...] = ()
+    rollouts: int = 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest thought with all that is set after it."""
+        return self.max_tokens + 1 + len(self.close)
 
 
 Sampler = Literal["sample", "beam", "unique", "greedy"]
@@ -94,6 +127,7 @@ class Sampling:
         temperature: logits are divided by it before the softmax; > 0, and 1 for greedy, which does not depend on it.
         top_p: `sample` draws each token from the fewest likeliest of its support that hold this much of its mass.
         items: items that one completion holds, all different (a slate).
+        thought: free text that samples with `thinks` write first; None for none.
         constrained: True restricts every SID position to the trie's children; False leaves the whole vocabulary.
         seed: seeds every draw; the same seed, prompts and weights give the same rollouts.
     """
@@ -103,6 +137,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     items: int = 1
+    thought: Thought | None = None
     constrained: bool = True
     seed: int = 0
 
@@ -126,6 +161,11 @@ class Sampling:
                 f"items={self.items} a completion must be at least 1, and several need sampler='sample' or 'greedy' "
                 f"and constrained=True; got sampler={self.sampler!r}, constrained={self.constrained}"
             )
+        if self.thought and (self.group_size % self.thought.rollouts or not self.constrained):
+            raise ValueError(
+                f"group_size={self.group_size} must be a multiple of the {self.thought.rollouts} rollouts of a "
+                f"thought, and thoughts need constrained=True; got {self.constrained}"
+            )
         if self.sampler in ("beam", "unique") and not self.constrained:
             raise ValueError(f"sampler={self.sampler!r} lists items of the trie; it needs constrained=True")
 
@@ -138,7 +178,11 @@ class Rollout:
         token_ids: the completion's T tokens.
         logps_sampler: log-probability of each token under the distribution it was drawn from.
         on_trie: per token, True when that distribution was over the trie's children, False for the whole vocabulary.
-        forced: per token, True where it was not drawn but set (the marks between items of a slate); empty for none.
+        forced: per token, True where it was not drawn but set (marks around items, the forced end of a thought); empty
+            for none.
+        thought: which thought of its group it continues, -1 for none.
+        thought_tokens: tokens of that thought, with those that were set to close it.
+        truncated: the thought did not end by itself and was closed by force.
         sids: sid indices (rows of `Catalog.sids_SL`) that the completion writes, in order; empty when it is illegal.
         items: for each of `sids`, the items that share it.
         policy_version: version of the weights that wrote it.
@@ -156,6 +200,9 @@ class Rollout:
     finish_reason: Literal["item", "illegal"]
     logp_inclusion: float = 0.0
     forced: tuple[bool, ...] = ()
+    thought: int = -1
+    thought_tokens: int = 0
+    truncated: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.logps_sampler) == len(self.on_trie):
@@ -177,6 +224,17 @@ class Rollout:
     def logp(self) -> float:
         """Log-probability of the whole completion."""
         return float(sum(self.logps_sampler))
+
+    @property
+    def logp_items(self) -> float:
+        """Log-probability of its items, given its thought."""
+        return float(sum(self.logps_sampler[self.thought_tokens :]))
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of free text that it drew."""
+        forced = self.forced or (False,) * len(self.token_ids)
+        return sum(not on and not set_ for on, set_ in zip(self.on_trie, forced, strict=True))
 
 
 @dataclass(frozen=True)
@@ -206,10 +264,11 @@ class RolloutGroup:
     def ranking(self) -> list[int]:
         """The group as a ranked list of distinct sid indices: likeliest first, ties by first appearance.
 
-        Likely means likely to be drawn: the sampler's log-probabilities, at the sampling temperature. A rollout that
-        writes several items is ranked as a block, in the order it wrote them. Illegal ones are left out.
+        Likely means likely to be drawn: the sampler's log-probabilities, at the sampling temperature, of the items
+        given the rollout's thought. A rollout that writes several items is ranked as a block, in the order it wrote
+        them. Illegal ones are left out.
         """
-        order = np.argsort([-rollout.logp for rollout in self.rollouts], kind="stable")
+        order = np.argsort([-rollout.logp_items for rollout in self.rollouts], kind="stable")
         ranked = (sid for index in order for sid in self.rollouts[index].sids)
         return list(dict.fromkeys(ranked))
 

@@ -18,6 +18,7 @@ from rollout.decode import Decoder
 from rollout.hf_engine import load_policy
 from rollout.search import distinct, likeliest, roots, sample_seed
 from rollout.support import TorchTrie
+from rollout.thought import Text, generate
 from rollout.types import RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, merged_weights, require_fit, shapes_of, tied_head
 
@@ -45,7 +46,7 @@ class VLLMEngine:
         model_path: Hugging Face folder of the policy the engine starts with.
         decoder: catalogue and trie.
         dtype: auto, float32 or bfloat16; auto is float32 on CPU.
-        max_prompt_tokens: longest prompt.
+        max_prompt_tokens: longest prompt, with the longest thought.
         items: most items of a completion.
         kv_cache_gb: key-value cache on CPU.
         gpu_memory_utilization: share of a GPU's memory.
@@ -125,6 +126,34 @@ class VLLMEngine:
 
     def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
         """One group per sample, in order."""
+        return generate(self, samples, sampling)
+
+    def write(self, samples: Sequence[Sample], sampling: Sampling, count: int) -> list[list[Text]]:
+        """`count` texts after each prompt."""
+        thought, greedy = sampling.thought, sampling.sampler == "greedy"
+        assert thought is not None
+        params = [
+            self._params(
+                sampling,
+                {"banned": [list(pair) for pair in thought.banned]},
+                n=1 if greedy else count,
+                max_tokens=thought.max_tokens,
+                stop_token_ids=[thought.end, *thought.stops],
+                temperature=0.0 if greedy else sampling.temperature,
+                seed=sample_seed(sampling.seed, sample),
+                logprobs=0,
+            )
+            for sample in samples
+        ]
+        texts = []
+        for output in self._run([sample.prompt_ids for sample in samples], params):
+            branches = sorted(output.outputs, key=lambda branch: branch.index)
+            written = [Text(tuple(branch.token_ids), _logps(branch)) for branch in branches]
+            texts.append(written * (count if greedy else 1))
+        return texts
+
+    def items(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        """Groups of items right after the prompts."""
         if sampling.sampler in ("beam", "unique"):
             return self._search(samples, sampling)
         greedy = sampling.sampler == "greedy"
@@ -147,12 +176,7 @@ class VLLMEngine:
         for sample, output in zip(samples, outputs, strict=True):
             branches = sorted(output.outputs, key=lambda branch: branch.index)
             tokens_GL = np.array([list(branch.token_ids) for branch in branches])
-            logps_GL = np.array(
-                [
-                    [step[token].logprob for step, token in zip(branch.logprobs, branch.token_ids, strict=True)]
-                    for branch in branches
-                ]
-            )
+            logps_GL = np.array([_logps(branch) for branch in branches])
             if greedy:
                 tokens_GL, logps_GL = (np.repeat(array, sampling.group_size, axis=0) for array in (tokens_GL, logps_GL))
             groups.append(self.decoder.group(sample, tokens_GL, logps_GL, sampling.constrained, self.policy_version))
@@ -250,6 +274,10 @@ class VLLMEngine:
             return self.decoder.groups_of_leaves(samples, *found, policy_version=self.policy_version)
         leaves, logps, inclusion = distinct(levels, trie, start_B, samples, width, sampling.seed)
         return self.decoder.groups_of_leaves(samples, leaves, logps, inclusion, policy_version=self.policy_version)
+
+
+def _logps(branch: Any) -> tuple[float, ...]:
+    return tuple(step[token].logprob for step, token in zip(branch.logprobs, branch.token_ids, strict=True))
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class Wish:
         items: items of its completion, all different.
         marks: tokens set between two of them.
         trie: folder of the trie, where it is not the engine's first.
+        banned: for free text: the ranges [first, last + 1) of tokens that it may not hold; nothing else is asked then.
     """
 
     prefix: int = 0
@@ -52,6 +53,7 @@ class Wish:
     items: int = 1
     marks: Sequence[int] = ()
     trie: str | None = None
+    banned: Sequence[Sequence[int]] | None = None
 
     @classmethod
     def of(cls, params: SamplingParams) -> Wish | None:
@@ -95,6 +97,7 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self.rows: dict[int, tuple[Sequence[int], Sequence[int], Wish]] = {}
         # V2: the wish of each slot, and on the device the item tokens its prompt ends with (-1: no trie).
         self.slots: dict[int, Wish] = {}
+        self.texts: dict[int, Wish] = {}
         self.prefix_len = torch.full((getattr(self.req_states, "max_num_reqs", 0),), -1, dtype=torch.long)
         self.first: str = vllm_config.additional_config[TRIE_FOLDER]
         self._serve(self.first)
@@ -105,7 +108,7 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def _follow(self, wishes: Iterable[Wish]) -> None:
         """Open the trie that the running requests name, if it is another one than before."""
-        named = {wish.trie or self.first for wish in wishes}
+        named = {wish.trie or self.first for wish in wishes} or {self.folder}
         if len(named) > 1:
             raise ValueError(f"requests of several tries are running at once: {sorted(named)}")
         if named - {self.folder}:
@@ -136,7 +139,7 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
             if wish.prefix > len(prompt):
                 raise ValueError(f"a prompt of {len(prompt)} tokens cannot end with {wish.prefix} item tokens")
             self.rows[row] = (prompt[len(prompt) - wish.prefix :], output_ids, wish)
-        self._follow(wish for _, _, wish in self.rows.values())
+        self._follow(wish for _, _, wish in self.rows.values() if wish.banned is None)
         for source, target, direction in batch_update.moved:
             moved, displaced = self.rows.pop(source, None), self.rows.pop(target, None)
             if moved is not None:
@@ -152,6 +155,9 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         plain: dict[int, list[int]] = {}
         others: dict[int, list[int]] = {}
         for row, (prefix, output_ids, wish) in self.rows.items():
+            if wish.banned is not None:
+                _ban_row_(logits, row, wish)
+                continue
             (plain if wish.plain else others).setdefault(len(prefix) + len(output_ids), []).append(row)
         for depth, rows in plain.items():
             if depth >= self.trie.depth:
@@ -251,14 +257,19 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """Note what the request of this slot asks of the trie."""
         wish = Wish.of(sampling_params)
         self.slots.pop(req_idx, None)
-        self.prefix_len[req_idx] = -1 if wish is None else wish.prefix
+        self.texts.pop(req_idx, None)
+        self.prefix_len[req_idx] = -1 if wish is None or wish.banned is not None else wish.prefix
         if wish is not None:
-            self.slots[req_idx] = wish
+            (self.slots if wish.banned is None else self.texts)[req_idx] = wish
         return wish is not None
 
     def _apply_v2(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         assert self.req_states is not None
         slots = ctx.expanded_idx_mapping.long()
+        if self.texts:
+            for row, slot in enumerate(slots.tolist()):
+                if slot in self.texts:
+                    _ban_row_(logits, row, self.texts[slot])
         prefix_len = self.prefix_len.to(slots.device)[slots]
         row_ids = (prefix_len >= 0).nonzero()[:, 0]
         if not len(row_ids):
@@ -289,3 +300,9 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
             raise ValueError("a constrained request left the trie, or asks for more tokens than an item has")
         self._keep_children(logits, row_ids, self.torch_trie, nodes)
         return logits
+
+
+def _ban_row_(logits: torch.Tensor, row: int, wish: Wish) -> None:
+    """Take from a row of free text what it may not hold, a few slices."""
+    for first, stop in wish.banned or ():
+        logits[row, first:stop] = float("-inf")

@@ -147,7 +147,7 @@ def _vllm_session(tiny_policy: Path, tiny_decoder: Decoder) -> VLLMEngine:
     import rollout.kernels  # noqa: F401  (numba is there before vLLM starts, which it would not survive by itself)
     from rollout.vllm_engine import VLLMEngine
 
-    return VLLMEngine(str(tiny_policy), tiny_decoder, dtype="float32", max_prompt_tokens=MAX_PROMPT, items=4)
+    return VLLMEngine(str(tiny_policy), tiny_decoder, dtype="float32", max_prompt_tokens=MAX_PROMPT + 10, items=4)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -77,11 +77,14 @@ def prepare(
     template: str,
     max_history: int,
     max_prompt_tokens: int,
+    thinks: Callable[[Record], bool] = lambda _: False,
+    open_thought: str = "",
 ) -> tuple[list[Sample], list[Problem]]:
     """Tokenise the prompts of all records.
 
     Chat messages go through the tokenizer's chat template with its generation prompt. Every prompt then gets the begin
-    mark of the format (unless it ends with it), so that the next token is the first code of an item.
+    mark of the format (unless it ends with it), so that the next token is the first code of an item. Prompts of records
+    that think get `open_thought` instead.
 
     Returns:
         The samples, in order, and a problem for each record left out: `prompt-too-long`, `empty-prompt` or
@@ -95,10 +98,11 @@ def prepare(
     prompts = [render(record, catalog, template, max_history) for record in records]
     ids, refused = _tokenize(prompts, records, tokenizer)
     samples, problems = [], []
+    opening = list(tokenizer([open_thought], add_special_tokens=False)["input_ids"][0]) if open_thought else []
     for row, record in enumerate(records):
-        tokens = ids[row]
-        if tokens[len(tokens) - len(begin) :] != begin:
-            tokens = tokens + begin
+        tokens, last = ids[row], opening if thinks(record) else begin
+        if tokens[len(tokens) - len(last) :] != last:
+            tokens = tokens + last
         if row in refused:
             problems.append(Problem.of_record(record, "chat-template", refused[row]))
         elif not tokens:
@@ -107,7 +111,7 @@ def prepare(
             detail = f"the prompt has {len(tokens)} tokens, data.max_prompt_tokens is {max_prompt_tokens}"
             problems.append(Problem.of_record(record, "prompt-too-long", detail))
         else:
-            samples.append(Sample(record, tuple(tokens)))
+            samples.append(Sample(record, tuple(tokens), thinks(record)))
     return samples, problems
 
 

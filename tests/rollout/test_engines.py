@@ -25,13 +25,12 @@ from rollout.types import Engine, RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, merged_weights
 from tests import oracle
 from tests.conftest import MAX_PROMPT, hostile_generation_config, peaked_model
+from tests.rollout.conftest import BOTH
 from tests.rollout.test_weights import adapted
 
 if TYPE_CHECKING:
     from rollout.vllm_engine import VLLMEngine
 
-VLLM = pytest.param("vllm_engine", marks=pytest.mark.vllm, id="vllm")
-BOTH = pytest.mark.parametrize("engine", [pytest.param("hf_engine", id="hf"), VLLM], indirect=True)
 SAMPLINGS = [
     pytest.param(Sampling(6, seed=1), id="sample"),
     pytest.param(Sampling(6, temperature=0.6, seed=1), id="cool"),
@@ -42,11 +41,6 @@ SAMPLINGS = [
     pytest.param(Sampling(5, "beam", temperature=0.6), id="cool beam"),
     pytest.param(Sampling(6, constrained=False, seed=1), id="whole vocabulary"),
 ]
-
-
-@pytest.fixture
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from transformers import Qwen3ForCausalLM
 from rollout.decode import Decoder
 from rollout.types import Engine, Rollout, Sample, Sampling
 from tests import oracle
-from tests.rollout.test_engines import BOTH, engine  # noqa: F401  (a fixture)
+from tests.rollout.conftest import BOTH
 
 
 def allowed_paths(decoder: Decoder, sample: Sample) -> list[oracle.Path_]:
@@ -56,7 +56,7 @@ SAMPLINGS = [
 @BOTH
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.sampler}-{s.temperature}")
 def test_restricted_requests(
-    engine: Engine,  # noqa: F811
+    engine: Engine,
     sampling: Sampling,
     restricted: list[Sample],
     tiny_model: Qwen3ForCausalLM,
@@ -86,7 +86,7 @@ def test_restricted_requests(
 
 
 @BOTH
-def test_nothing_left(engine: Engine, tiny_samples: list[Sample], tiny_decoder: Decoder) -> None:  # noqa: F811
+def test_nothing_left(engine: Engine, tiny_samples: list[Sample], tiny_decoder: Decoder) -> None:
     everything = tuple(range(len(tiny_decoder.catalog)))
     sample = replace(tiny_samples[0], record=replace(tiny_samples[0].record, excluded=everything))
     with pytest.raises(ValueError, match="tiny:0: no item is left that may be recommended"):
@@ -106,7 +106,7 @@ def items_of(rollout: Rollout, decoder: Decoder, marks: int) -> list[oracle.Path
 @pytest.mark.parametrize("marks", [(), (3, 9)], ids=["bare", "marks"])
 @pytest.mark.parametrize("sampler", ["sample", "greedy"])
 def test_slates(
-    engine: Engine,  # noqa: F811
+    engine: Engine,
     marks: tuple[int, ...],
     sampler: str,
     restricted: list[Sample],
@@ -143,7 +143,7 @@ def test_slates(
 
 
 @BOTH
-def test_top_p(engine: Engine, tiny_samples: list[Sample], tiny_model: Qwen3ForCausalLM, tiny_decoder: Decoder) -> None:  # noqa: F811
+def test_top_p(engine: Engine, tiny_samples: list[Sample], tiny_model: Qwen3ForCausalLM, tiny_decoder: Decoder) -> None:
     """Only the nucleus of the legal children is drawn, with its renormalised probabilities, as often as they say."""
     sample, paths, top_p = tiny_samples[4], [tuple(p) for p in tiny_decoder.paths.tolist()], 0.9
     (group,) = engine.generate([sample], Sampling(3000, top_p=top_p, temperature=2.0, seed=4))
@@ -165,7 +165,7 @@ def test_top_p(engine: Engine, tiny_samples: list[Sample], tiny_model: Qwen3ForC
 
 @BOTH
 def test_a_changed_catalogue(
-    engine: Engine,  # noqa: F811
+    engine: Engine,
     tiny_samples: list[Sample],
     tiny_model: Qwen3ForCausalLM,
     tiny_decoder: Decoder,
