@@ -80,6 +80,8 @@ RANGES: dict[str, Range] = {
     "rollout.temperature": POSITIVE,
     "rollout.top_p": Range(0, 1, low_open=True),
     "rollout.items_per_completion": COUNT,
+    "rollout.max_staleness": NOT_NEGATIVE,
+    "rollout.prompts_per_call": NOT_NEGATIVE,
     "rollout.max_batch_prompts": COUNT,
     "thought.max_tokens": NOT_NEGATIVE,
     "thought.rollouts": COUNT,
@@ -230,6 +232,13 @@ def _rollout(config: RunConfig) -> Iterator[str]:
     sampler, top_p, items = config.rollout.sampler, config.rollout.top_p, config.rollout.items_per_completion
     if sampler != "sample" and 0 < top_p < 1:
         yield f"rollout.top_p={top_p} shapes rollout.sampler=sample only, and it is {sampler}"
+    if config.rollout.max_staleness and config.algo in ("gpg", "pl"):
+        why = (
+            "has no importance ratio to correct for it"
+            if config.algo == "gpg"
+            else "draws its rankings when it needs them"
+        )
+        yield f"rollout.max_staleness={config.rollout.max_staleness}: algo={config.algo} {why}; set 0"
     if items > 1:
         if sampler != "sample":
             yield f"rollout.items_per_completion={items} needs rollout.sampler=sample, and it is {sampler}"

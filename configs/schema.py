@@ -96,6 +96,10 @@ class RolloutConfig:
         top_p: `sample` draws each token from the fewest likeliest of its support that hold this share of its mass; the
             importance ratio is then to this narrower distribution, not 1.
         items_per_completion: Items of a completion, all different and in order: a slate. Rewards see it as a list.
+        max_staleness: Batches that rollouts may be behind the policy: they are drawn while earlier batches update it,
+            and the importance ratio corrects for it. 0 is exactly on-policy.
+        prompts_per_call: Prompts an engine is asked for at once: rewards of one call run while the next is drawn. 0
+            asks each engine for its whole share.
         sync: How new weights reach the engines: merged (LoRA folded into full weights) or adapter (vLLM's LoRA).
         max_batch_prompts: Prompts that the hf engine computes at once.
         kv_cache_gb: Memory for vLLM's key-value cache on CPU.
@@ -112,6 +116,8 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     items_per_completion: int = 1
+    max_staleness: int = 0
+    prompts_per_call: int = 0
     sync: Literal["merged", "adapter"] = "merged"
     max_batch_prompts: int = 64
     kv_cache_gb: int = 1

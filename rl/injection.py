@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from rollout.decode import Decoder
+from rollout.search import sample_seed
 from rollout.types import Rollout, RolloutGroup, Sample
 
 LogpsOf = Callable[[Sequence[RolloutGroup]], np.ndarray]
@@ -45,14 +46,14 @@ def inject_targets(
     return result, len(places)
 
 
-def draw_targets(samples: Sequence[Sample], seed: Sequence[int]) -> list[int]:
+def draw_targets(samples: Sequence[Sample], seed: int) -> list[int]:
     """One target item of each sample that it may be recommended, drawn by gain where there are several."""
-    rng = np.random.default_rng(list(seed))
     drawn = []
     for sample in samples:
         gains = np.array(
             [g if sample.record.allows(t) else 0.0 for t, g in zip(sample.targets, sample.gains, strict=True)]
         )
+        rng = np.random.default_rng([sample_seed(seed, sample), 2])
         drawn.append(int(rng.choice(sample.targets, p=gains / gains.sum())))
     return drawn
 

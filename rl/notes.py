@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,7 @@ def rollout_notes(groups: Sequence[RolloutGroup]) -> Notes:
 
 def score_notes(scored: Sequence[ScoredGroup]) -> Notes:
     """Means of each reward and its parts, and how much of the batch has a signal."""
-    totals_PG = np.array([group.total for group in scored])
+    totals_PG = rewards_of(scored)
     notes: dict[str, Any] = {}
     notes |= {f"reward/{name}": np.mean([group.rewards[name] for group in scored]) for name in scored[0].rewards}
     notes |= {f"reward/{name}": np.mean([group.parts[name] for group in scored]) for name in scored[0].parts}
@@ -40,3 +43,35 @@ def score_notes(scored: Sequence[ScoredGroup]) -> Notes:
         "zero_signal_groups": without_signal(totals_PG).mean(),
     }
     return {name: float(value) for name, value in notes.items()}
+
+
+def rewards_of(scored: Sequence[ScoredGroup]) -> np.ndarray:
+    """Total rewards [P, G]."""
+    return np.array([group.total for group in scored])
+
+
+class Phases:
+    """Seconds of a step by the phase they were spent in; `with phases("rollout"): …` counts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count a block's seconds under a name."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        """Seconds of all phases."""
+        return sum(self.seconds.values())
+
+    def notes(self) -> Notes:
+        """The seconds as metrics; counting starts anew."""
+        notes = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
+        self.seconds.clear()
+        return notes

@@ -36,6 +36,7 @@ class Task:
         samples: tokenised rows by split; `train` holds the rows that RL trains on.
         rewards: the rewards, built and tried.
         skipped: bad rows that were left out.
+        completion_tokens: tokens of the longest completion.
         thought: how free text before the items is written, if at all.
     """
 
@@ -45,6 +46,7 @@ class Task:
     samples: dict[str, list[Sample]]
     rewards: RewardSet
     skipped: int
+    completion_tokens: int
     thought: Thought | None = None
 
 
@@ -180,7 +182,8 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
         thought = thought_of(config.thought, tokenizer, vocab, decoder)
     except ValueError as error:
         raise ValueError(f"model.path={model_path}: {error}") from error
-    needed = config.data.max_prompt_tokens + decoder.completion_tokens(items) + 1 + (thought.longest if thought else 0)
+    completion = decoder.completion_tokens(items) + (thought.longest if thought else 0)
+    needed = config.data.max_prompt_tokens + completion + 1
     if positions is not None and positions < needed:
         raise ValueError(
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} and {items} item{'s' * (items > 1)} need {needed} "
@@ -221,7 +224,7 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
             f"rl.prompts_per_step={config.rl.prompts_per_step}, but RL has only {len(samples['train'])} training rows "
             f"(data.rl_users={config.data.rl_users})"
         )
-    return Task(model_path, tokenizer, decoder, samples, rewards, skipped, thought)
+    return Task(model_path, tokenizer, decoder, samples, rewards, skipped, completion, thought)
 
 
 def _counts(world: World) -> str:

@@ -5,6 +5,7 @@ Axes: P prompts, M rankings of a prompt (`rollout.group_size`), K items of a ran
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ class RankingTrainer(SidTrainer):
     loss is that of the rankings' probabilities.
     """
 
-    def generate(self, samples: list[Sample], again: int = 0) -> list[RolloutGroup]:
+    def generate(self, samples: list[Sample], again: int = 0) -> Iterator[list[RolloutGroup]]:
         """M rankings for each sample."""
         groups: dict[int, RolloutGroup] = {}
         for rows, drawn in (
@@ -39,7 +40,7 @@ class RankingTrainer(SidTrainer):
                     groups.update(zip(rows, drawn([samples[row] for row in rows], again), strict=True))
         self.note(legal_rate=1.0)
         self.note(policy_version=float(self.fleet.version))
-        return [groups[row] for row in range(len(samples))]
+        yield [groups[row] for row in range(len(samples))]
 
     def pack(self, groups: list[RolloutGroup]) -> Batch:
         """Each prompt's distinct items as rows [P·U, …], and the rankings as places among them."""
@@ -82,7 +83,7 @@ class RankingTrainer(SidTrainer):
 
     def _from_catalogue(self, samples: list[Sample], again: int) -> list[RolloutGroup]:
         length, temperature = self.config.rl.ranking_length, self.config.rollout.temperature
-        seed = self.draw_seed(again)
+        seed = self.draw_seed(self.state.global_step, again)
         draws = [
             self.fleet.generate(samples, Sampling(length, "unique", temperature, seed=seed * 4_099 + ranking))
             for ranking in range(self.num_generations)
@@ -99,7 +100,7 @@ class RankingTrainer(SidTrainer):
         logps_PUL = self.policy_logps(groups).reshape(len(samples), len(groups[0]), -1)
         ranked = []
         for sample, group, sids, logps_UL in zip(samples, groups, sids_of, logps_PUL, strict=True):
-            rng = np.random.default_rng(sample_seed(self.draw_seed(again), sample))
+            rng = np.random.default_rng(sample_seed(self.draw_seed(self.state.global_step, again), sample))
             items = [
                 replace(rollout, logps_sampler=tuple(logps.tolist()))
                 for rollout, logps in zip(group.rollouts[: len(sids)], logps_UL, strict=False)

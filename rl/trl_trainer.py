@@ -9,9 +9,8 @@ Axes: B rows of a micro-batch, T completion tokens, P prompts (groups) of a step
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,13 @@ from trl import GRPOTrainer
 
 from configs.schema import RunConfig
 from rewards.protocol import ScoredGroup
+from rl.ahead import RolloutsAhead
 from rl.algorithms import Algorithm, without_signal
 from rl.batch import Batch, BatchScorer, slices_of
 from rl.credit import rewards_to_go, token_rewards
 from rl.evaluate import evaluate
 from rl.injection import draw_targets, inject_targets
-from rl.notes import rollout_notes, score_notes
+from rl.notes import Phases, rewards_of, rollout_notes, score_notes
 from rl.recorder import Recorder
 from rl.scoring import TokenScores, require_exact
 from rl.task import Task
@@ -81,8 +81,9 @@ class SidTrainer(GRPOTrainer):
     ) -> None:
         self.task, self.fleet, self.algorithm, self.config, self.recorder = task, fleet, algorithm, config, recorder
         self.samples = task.samples["train"]
-        self._seconds: dict[str, float] = defaultdict(float)
+        self.phase = Phases()
         self._ratio_errors: list[float] = []
+        self._on_policy = True  # the weights are those that this batch was drawn from
         self._slices: list[Batch] = []  # this batch of rollouts, a slice per micro-batch
         require_exact(model, packing=config.rl.packing)
         policy = with_adapter(model, config)
@@ -91,12 +92,7 @@ class SidTrainer(GRPOTrainer):
                 model=policy,
                 reward_funcs=[_scored_in_groups],
                 args=grpo_arguments(
-                    config,
-                    algorithm,
-                    folder,
-                    completion=task.decoder.completion_tokens(config.rollout.items_per_completion)
-                    + (task.thought.longest if task.thought else 0),
-                    bf16=model.dtype == torch.bfloat16,
+                    config, algorithm, folder, completion=task.completion_tokens, bf16=model.dtype == torch.bfloat16
                 ),
                 train_dataset=Dataset.from_dict({"row": list(range(len(self.samples)))}),
                 processing_class=task.tokenizer,
@@ -110,6 +106,15 @@ class SidTrainer(GRPOTrainer):
             Reference(self.policy, every=rl.sync_ref_every, mixup=rl.sync_ref_mixup) if rl.kl_coef else None
         )
         self.average = TrailingWeights(self.policy, 1 - rl.average_decay) if rl.average_decay else None
+        order = self._get_train_sampler()
+        self.ahead = RolloutsAhead(
+            fleet,
+            staleness=config.rollout.max_staleness,
+            every=rl.epochs_per_batch,
+            last=rl.steps,
+            samples_of=lambda step: [self.samples[row] for row in order.batch(step // rl.epochs_per_batch)],
+            sampling_of=self.sampling_of,
+        )
         if self.accelerator.num_processes > 1:
             raise ValueError("one trainer process only: ranks would each need their share of the fleet's groups")
 
@@ -132,7 +137,7 @@ class SidTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         samples = self.samples_of(inputs)
         self.sync_weights()
-        scored = self.score(self.inject(self.generate(samples)))
+        scored = [group for drawn in self.generate(samples) for group in self.score(self.inject(drawn))]
         scored = self.refill(scored)
         self.note(**score_notes(scored))
         batch = self.pack([group.group for group in scored])
@@ -157,27 +162,36 @@ class SidTrainer(GRPOTrainer):
         with self.phase("sync"):
             if self.config.rollout.sync == "adapter":
                 tensors = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.policy).items()}
-                self.fleet.sync(Adapter(tensors, adapter_config(self.policy)), version, checksum(tensors))
+                brought: Any = Adapter(tensors, adapter_config(self.policy))
             else:
-                weights = merged_weights(self.policy)
-                self.fleet.sync(weights, version, checksum(weights))
+                brought = tensors = merged_weights(self.policy)
+            self.fleet.sync(brought, version, checksum(tensors), wait=not self.config.rollout.max_staleness)
 
-    def generate(self, samples: list[Sample], again: int = 0) -> list[RolloutGroup]:
-        """G rollouts for each sample, of the current policy version; `again` counts further draws of one step."""
+    def generate(self, samples: list[Sample], again: int = 0) -> Iterator[list[RolloutGroup]]:
+        """G rollouts for each sample, some groups at a time; `again` counts further draws of one step."""
+        step, sampling = self.state.global_step, self.sampling_of(self.state.global_step, again)
+        drawn = self.fleet.collect(self.fleet.start(samples, sampling)) if again else self.ahead.take(step, samples)
+        while True:
+            with self.phase("rollout"):
+                groups = next(drawn, None)
+            if groups is None:
+                return
+            self.note(**rollout_notes(groups), staleness=step - groups[0].policy_version)
+            self._on_policy = step == groups[0].policy_version
+            yield groups
+
+    def sampling_of(self, step: int, again: int = 0) -> Sampling:
+        """How the rollouts of a step are drawn."""
         rollout = self.config.rollout
-        sampling = Sampling(
+        return Sampling(
             rollout.group_size,
             rollout.sampler,
             rollout.temperature,
             top_p=rollout.top_p,
             items=rollout.items_per_completion,
             thought=self.task.thought,
-            seed=self.draw_seed(again),
+            seed=self.draw_seed(step, again),
         )
-        with self.phase("rollout"):
-            groups = self.fleet.generate(samples, sampling)
-        self.note(**rollout_notes(groups))
-        return groups
 
     def inject(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         """Put a target into each group that found none, if `rl.inject_targets` says so."""
@@ -208,9 +222,8 @@ class SidTrainer(GRPOTrainer):
             if not len(rows):
                 break
             drawn += len(rows)
-            for place, group in zip(
-                empty, self.score(self.generate([self.samples[row] for row in rows], again)), strict=False
-            ):
+            fresh_groups = self.generate([self.samples[row] for row in rows], again)
+            for place, group in zip(empty, (one for drawn in fresh_groups for one in self.score(drawn)), strict=False):
                 scored[place] = group
         self.note(refilled_groups=float(drawn))
         return scored
@@ -250,7 +263,7 @@ class SidTrainer(GRPOTrainer):
 
     def drawn_targets(self, groups: Sequence[RolloutGroup]) -> list[int]:
         """One target item for each group, the same ones however often it is asked in a step."""
-        return draw_targets([group.sample for group in groups], (self.config.seed, self.state.global_step))
+        return draw_targets([group.sample for group in groups], self.draw_seed(self.state.global_step, 0))
 
     # TRL's hooks ------------------------------------------------------------------------------------------------------
 
@@ -279,7 +292,7 @@ class SidTrainer(GRPOTrainer):
             further = self.further_loss(inputs, self._scores, target_logps_MT)
             if further is not None:
                 loss = loss + further / self.current_gradient_accumulation_steps
-            if self.first_pass:
+            if self.first_pass and self._on_policy:
                 gap = (self._scores.logps_BT.detach() - inputs["sampler_logps"]) * inputs["completion_mask"]
                 self._ratio_errors.append(float(gap.exp().sub(1).abs().max()))
         return loss
@@ -315,19 +328,18 @@ class SidTrainer(GRPOTrainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; what is not a named phase counts as update."""
-        start, named = time.perf_counter(), sum(self._seconds.values())
+        start, named = time.perf_counter(), self.phase.total
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._seconds["update"] += time.perf_counter() - start - (sum(self._seconds.values()) - named)
+        self.phase.seconds["update"] += time.perf_counter() - start - (self.phase.total - named)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add phases and the ratio error to each step's metrics and write them down."""
         stepped = "loss" in logs
         if stepped:
-            self.note(**{f"seconds/{name}": seconds for name, seconds in self._seconds.items()})
+            self.note(**self.phase.notes())
             if self._ratio_errors:
                 self.note(ratio_error=max(self._ratio_errors))
-            self._seconds.clear()
             self._ratio_errors.clear()
         super().log(logs, start_time)
         if stepped:
@@ -345,6 +357,7 @@ class SidTrainer(GRPOTrainer):
             self.reference.save(folder)
         if self.average is not None:
             self.average.save(folder / AVERAGE)
+        self.ahead.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -356,6 +369,7 @@ class SidTrainer(GRPOTrainer):
             self.reference.load(folder)
         if self.average is not None:
             self.average.load(folder / AVERAGE, "rl.average_decay")
+        self.ahead.load(folder)
 
     # Small parts ------------------------------------------------------------------------------------------------------
 
@@ -370,30 +384,16 @@ class SidTrainer(GRPOTrainer):
         every = self.args.steps_per_generation * self.num_iterations
         return self._step % every < self.args.gradient_accumulation_steps
 
-    def draw_seed(self, again: int) -> int:
-        """Seed of this step's draws; `again` counts further ones."""
-        return (self.config.seed * 1_000_003 + self.state.global_step) * 1_009 + again
+    def draw_seed(self, step: int, again: int) -> int:
+        """Seed of a step's draws; `again` counts further ones."""
+        return (self.config.seed * 1_000_003 + step) * 1_009 + again
 
     def note(self, **values: float) -> None:
         """Metrics of this step; TRL averages what is noted more than once."""
         for name, value in values.items():
             self._metrics["train"][name].append(value)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the block's seconds under a name."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[name] += time.perf_counter() - start
-
 
 def _scored_in_groups(**_: Any) -> list[float]:
     """TRL wants a reward function; ours see whole groups, in `SidTrainer.score`, so this one is never called."""
     raise RuntimeError("rewards are scored in SidTrainer.score")
-
-
-def rewards_of(scored: list[ScoredGroup]) -> np.ndarray:
-    """Total rewards [P, G]."""
-    return np.array([group.total for group in scored])

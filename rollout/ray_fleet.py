@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,24 @@ class Adapter:
 
     tensors: Mapping[str, torch.Tensor]
     config_json: str
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Groups that engines have been asked for: the policy version they will be of, and the calls in order."""
+
+    version: int
+    calls: list[Any]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Weights that engines have been sent: their version and checksum, and the version before."""
+
+    calls: list[Any]
+    version: int
+    expected: str
+    before: int
 
 
 class EngineActor:
@@ -83,6 +101,8 @@ class Fleet:
         shared = ray.put(decoder)
         self.engines = [actor.remote(spec, shared) for _ in range(settings.num_engines)]
         self.version = 0
+        self.prompts_per_call = settings.prompts_per_call
+        self._loading: Loading | None = None
         self.about: list[dict[str, Any]] = self._all([engine.about.remote() for engine in self.engines], "start")
 
     def generate(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
@@ -93,41 +113,67 @@ class Fleet:
         Raises:
             FleetError: when an engine fails or answers with rollouts of another policy version.
         """
-        shares = [list(range(start, len(samples), len(self.engines))) for start in range(len(self.engines))]
-        calls = [
-            engine.generate.remote([samples[row] for row in rows], sampling)
-            for engine, rows in zip(self.engines, shares, strict=True)
-            if rows
-        ]
-        groups: list[RolloutGroup] = [None] * len(samples)  # type: ignore[list-item]
-        for rows, answer in zip([rows for rows in shares if rows], self._all(calls, "generate"), strict=True):
-            for row, group in zip(rows, answer, strict=True):
-                groups[row] = group
-        stale = {group.policy_version for group in groups} - {self.version}
-        if stale:
-            raise FleetError(f"rollouts of policy version {sorted(stale)} where version {self.version} was asked for")
-        return groups
+        return [group for groups in self.collect(self.start(samples, sampling)) for group in groups]
 
-    def sync(self, weights: Mapping[str, torch.Tensor] | Adapter, version: int, expected: str) -> None:
-        """Bring weights to every engine.
+    def start(self, samples: Sequence[Sample], sampling: Sampling) -> Pending:
+        """Ask for groups without waiting. An engine takes its calls in order, so they are of the current version."""
+        size = self.prompts_per_call or -(-len(samples) // len(self.engines))
+        parts = [list(samples[first : first + size]) for first in range(0, len(samples), size or 1)]
+        calls = [
+            self.engines[index % len(self.engines)].generate.remote(part, sampling) for index, part in enumerate(parts)
+        ]
+        return Pending(self.version, calls)
+
+    def collect(self, pending: Pending) -> Iterator[list[RolloutGroup]]:
+        """The groups that were asked for, in order, some as soon as they are there while others are still drawn.
+
+        Raises:
+            FleetError: when an engine fails, or answers with rollouts of another policy version.
+        """
+        for call in pending.calls:
+            (groups,) = self._all([call], "generate")
+            self._verify_sync()
+            stale = {group.policy_version for group in groups} - {pending.version}
+            if stale:
+                raise FleetError(
+                    f"rollouts of policy version {sorted(stale)} where version {pending.version} was asked for"
+                )
+            yield groups
+
+    def sync(
+        self, weights: Mapping[str, torch.Tensor] | Adapter, version: int, expected: str, *, wait: bool = True
+    ) -> None:
+        """Bring weights to every engine, after what it has been asked for before.
 
         Args:
             weights: full weights, or an adapter.
             version: the policy version they are.
             expected: checksum that each engine must report after loading.
+            wait: until all have loaded them; else what they report is looked at when they have.
 
         Raises:
             FleetError: when an engine reports another version or checksum.
         """
+        self._verify_sync(wait=True)
         shared = ray.put(weights)
-        for index, answer in enumerate(
-            self._all([e.load.remote(shared, version) for e in self.engines], "load weights")
-        ):
-            if answer != (version, expected):
-                raise FleetError(
-                    f"engine {index} reports {answer} after loading version {version} with checksum {expected}"
-                )
+        self._loading = Loading([e.load.remote(shared, version) for e in self.engines], version, expected, self.version)
         self.version = version
+        self._verify_sync(wait=wait)
+
+    def _verify_sync(self, wait: bool = False) -> None:
+        if self._loading is None:
+            return
+        loading = self._loading
+        if not wait and len(ray.wait(loading.calls, num_returns=len(loading.calls), timeout=0)[0]) < len(loading.calls):
+            return
+        self._loading, self.version = None, loading.before  # unless all engines have it
+        for index, answer in enumerate(self._all(loading.calls, "load weights")):
+            if answer != (loading.version, loading.expected):
+                raise FleetError(
+                    f"engine {index} reports {answer} after loading version {loading.version} with checksum "
+                    f"{loading.expected}"
+                )
+        self.version = loading.version
 
     def serve(self, decoder: Decoder) -> None:
         """Change the catalogue of every engine without a restart; it is shared through Ray's object store.

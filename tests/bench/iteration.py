@@ -103,7 +103,7 @@ def _ours(options: argparse.Namespace, world: BenchWorld, folder: Path) -> tuple
     )
     tokenizer = AutoTokenizer.from_pretrained(world.folder)
     rewards = RewardSet(config.rewards, world.decoder.catalog)
-    task = Task(world.folder, tokenizer, world.decoder, {"train": world.samples}, rewards, 0)
+    task = Task(world.folder, tokenizer, world.decoder, {"train": world.samples}, rewards, 0, world.decoder.trie.depth)
     fleet = Fleet(engine_spec(config, world.folder), world.decoder)
     recorder = Recorder(folder, task, Progress(), rollouts_every=0)
     model = load_policy(world.folder, dtype="float32")

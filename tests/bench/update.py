@@ -229,7 +229,8 @@ class Bench:
             lora=LoraConfig(enabled=False),
         )
         folder = Path(self.folder.name)
-        task = Task(folder, tokenizer, decoder, {"train": samples}, RewardSet(config.rewards, catalog), 0)
+        rewards = RewardSet(config.rewards, catalog)
+        task = Task(folder, tokenizer, decoder, {"train": samples}, rewards, 0, decoder.trie.depth)
         recorder = Recorder(folder, task, Progress(), rollouts_every=0)
         fleet: Any = None  # nothing is drawn here
         return SidTrainer(self.model, task, fleet, build_algorithm(config), config, recorder, folder / "ours")

@@ -233,7 +233,14 @@ class LocalFleet:
         self.seen.append(groups)
         return groups
 
-    def sync(self, weights: Mapping[str, torch.Tensor], version: int, expected: str) -> None:
+    def start(self, samples: Sequence[Sample], sampling: Sampling) -> list[RolloutGroup]:
+        return self.generate(samples, sampling)
+
+    def collect(self, pending: list[RolloutGroup]) -> Iterator[list[RolloutGroup]]:
+        half = len(pending) // 2
+        yield from (part for part in (pending[:half], pending[half:]) if part)
+
+    def sync(self, weights: Mapping[str, torch.Tensor], version: int, expected: str, *, wait: bool = True) -> None:
         self.calls.append(("sync", version))
         self.checksums[version] = self.engine.load_weights(dict(weights), version)
         assert self.checksums[version] == expected

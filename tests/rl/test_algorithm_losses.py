@@ -139,7 +139,7 @@ def test_groups_without_signal_are_replaced(make_run: MakeTrainer) -> None:
 
 def test_groups_with_signal_stay(make_run: MakeTrainer) -> None:
     run = make_run({"algo": "dapo", "rewards": [{"reward": "prefix"}], "rl.refill_rounds": 2})
-    groups = run.trainer.generate(run.trainer.samples[:4])
+    groups = [group for drawn in run.trainer.generate(run.trainer.samples[:4]) for group in drawn]
     scored = run.trainer.score(groups)
     kept = run.trainer.refill(scored)
     for before, after in zip(scored, kept, strict=True):

@@ -78,9 +78,11 @@ def test_sft_term_learns_what_reward_cannot_find(make_run: MakeTrainer, world: W
 
 def test_targets_are_drawn_by_gain() -> None:
     sample = Sample(Record("r:1", "", (), (3, 8), (1.0, 3.0)), (1,))
-    drawn = [draw_targets([sample], (0, step))[0] for step in range(2000)]
+    drawn = [draw_targets([sample], step)[0] for step in range(2000)]
     assert np.mean(np.array(drawn) == 8) == pytest.approx(0.75, abs=0.03)
-    assert draw_targets([sample] * 5, (1, 2)) == draw_targets([sample] * 5, (1, 2))
+    others = [Sample(Record(f"r:{row}", "", (), (3, 8), (1.0, 3.0)), (1,)) for row in range(20)]
+    assert draw_targets(others, 12)[7:] == draw_targets(others[7:], 12)  # whatever else is asked for
+    assert draw_targets(others, 12) != draw_targets(others, 13)
 
 
 # Injection ------------------------------------------------------------------------------------------------------------

@@ -494,7 +494,7 @@ def test_stale_rollouts_stop_the_run(make_run: MakeTrainer, own_ray: None) -> No
     run = make_run({"rl.steps": 1, "rollout.cpus_per_engine": 0.1})
     fleet = Fleet(engine_spec(run.config, run.trainer.task.model_path), run.trainer.task.decoder)
     try:
-        run.trainer.fleet = fleet
+        run.trainer.fleet = run.trainer.ahead.fleet = fleet
         ray.get(fleet.engines[0].load.remote(merged_weights(run.trainer.policy), 7))
         with pytest.raises(FleetError, match=r"policy version \[7\] where version 0 was asked for"):
             run.trainer.train()

@@ -124,6 +124,65 @@ def test_order_of_samples_does_not_matter(two: Fleet, tiny_samples: list[Sample]
     assert_same([by_source[group.sample.record.source] for group in groups], groups)
 
 
+def test_groups_come_in_as_they_are_drawn(two: Fleet, tiny_samples: list[Sample]) -> None:
+    """Calls of three prompts each, in order, and the same groups as by one call an engine."""
+    whole = two.generate(tiny_samples, Sampling(3, seed=5))
+    two.prompts_per_call = 3
+    try:
+        parts = list(two.collect(two.start(tiny_samples, Sampling(3, seed=5))))
+    finally:
+        two.prompts_per_call = 0
+    assert [len(part) for part in parts] == [3] * 8
+    assert_same([group for part in parts for group in part], whole)
+
+
+def test_calls_are_of_the_version_they_were_made_at(
+    fleets: tuple[Fleet, Fleet], tiny_model: Qwen3ForCausalLM, tiny_samples: list[Sample]
+) -> None:
+    """Drawn ahead: weights queue up behind what was asked for before, and before what is asked for later."""
+    _, two = fleets
+    samples = tiny_samples[:6]
+    asked = [two.start(samples, Sampling(3, seed=1))]
+    for version in (1, 2):
+        weights = merged_weights(adapted(tiny_model, seed=version))
+        two.sync(weights, version, checksum(weights), wait=False)
+        asked.append(two.start(samples, Sampling(3, seed=1)))
+    drawn = [[group for part in two.collect(pending) for group in part] for pending in asked]
+    assert [{group.policy_version for group in groups} for groups in drawn] == [{0}, {1}, {2}]
+    weights = merged_weights(adapted(tiny_model, seed=1))
+    two.sync(weights, 1, checksum(weights))
+    assert_same(two.generate(samples, Sampling(3, seed=1)), drawn[1])
+
+
+def test_a_wrong_checksum_is_found_though_nobody_waits(
+    fleets: tuple[Fleet, Fleet], tiny_model: Qwen3ForCausalLM, tiny_samples: list[Sample]
+) -> None:
+    from rollout.ray_fleet import FleetError
+
+    one, _ = fleets
+    one.sync(merged_weights(adapted(tiny_model)), 3, "not that", wait=False)
+    pending = one.start(tiny_samples[:2], Sampling(2))
+    with pytest.raises(FleetError, match="after loading version 3 with checksum not that"):
+        list(one.collect(pending))
+
+
+def test_the_catalogue_changes_everywhere(two: Fleet, tiny_decoder: Decoder, tiny_samples: list[Sample]) -> None:
+    """Items that are gone are written by no engine; no process is started anew."""
+    part = tiny_decoder.trie.subset(np.arange(0, tiny_decoder.trie.num_leaves, 4))
+    pids = [about["pid"] for about in two.about]
+    two.serve(Decoder(tiny_decoder.catalog, part))
+    try:
+        groups = two.generate(tiny_samples, Sampling(8, seed=2))
+    finally:
+        two.serve(tiny_decoder)
+    assert {r.token_ids for g in groups for r in g.rollouts} <= {tuple(path) for path in part.paths().tolist()}
+    assert [about["pid"] for about in two.about] == pids
+    assert (
+        len({r.sids for g in two.generate(tiny_samples, Sampling(8, seed=2)) for r in g.rollouts})
+        > part.num_leaves // 2
+    )
+
+
 def test_sync_reaches_every_engine(
     fleets: tuple[Fleet, Fleet],
     tiny_model: Qwen3ForCausalLM,
