@@ -14,12 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
-from peft.utils.other import ModulesToSaveWrapper
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rl.packing import pack_groups
+from rollout.output_layer import OutputLayer, probe_ids, require_known_logits, trunk_of
 from rollout.support import WHOLE_VOCABULARY, TorchTrie
 
 FORCED = -2
@@ -133,7 +131,7 @@ def hidden_states(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int, *, group: int | None
 ) -> torch.Tensor:
     """The trunk's last hidden states [B, T, D] at the positions that predict the last `length` tokens of each row."""
-    trunk = _trunk(model)
+    trunk = trunk_of(model)
     if group is None:
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         output = trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
@@ -145,63 +143,12 @@ def hidden_states(
     return output.last_hidden_state[:, packed.keep[packed.place_GT]].flatten(0, 1)
 
 
-class OutputLayer:
-    """The output matrix of a causal language model, row by row, with the adapter that is active on it.
-
-    A plain linear layer and vanilla LoRA on one are multiplied by the wanted rows alone; any other layer is called
-    whole. What some architectures do to logits afterwards (Gemma's soft cap, the scales of Cohere and Granite) is done
-    here too; `require_exact` finds out whether that is all.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        config = inner.config.get_text_config()
-        self.head = inner.get_output_embeddings()
-        self.cap = getattr(config, "final_logit_softcapping", None)
-        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-
-    def logits(self, hidden_ND: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-        """Logits [N, stop - first] of the tokens `first` to `stop`."""
-        logits = _rows(self.head, hidden_ND, first, stop)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
-
-
-def _rows(head: torch.nn.Module, hidden_ND: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-    if isinstance(head, ModulesToSaveWrapper):
-        whole = head.disable_adapters or head.active_adapters[0] not in head.modules_to_save
-        return _rows(
-            head.original_module if whole else head.modules_to_save[head.active_adapters[0]], hidden_ND, first, stop
-        )
-    if type(head) is torch.nn.Linear:
-        return linear(hidden_ND, head.weight[first:stop], None if head.bias is None else head.bias[first:stop])
-    active = [name for name in getattr(head, "active_adapters", ()) if name in getattr(head, "lora_A", ())]
-    if type(head) is not LoraLinear or any(name in head.lora_variant for name in active):
-        return head(hidden_ND)[:, first:stop]
-    logits = _rows(head.base_layer, hidden_ND, first, stop)
-    if head.disable_adapters or head.merged:
-        return logits
-    for name in active:
-        narrow = head.lora_A[name](head.lora_dropout[name](hidden_ND.to(head.lora_A[name].weight.dtype)))
-        lora_B = head.lora_B[name]
-        bias = None if lora_B.bias is None else lora_B.bias[first:stop]
-        logits = logits + (linear(narrow, lora_B.weight[first:stop], bias) * head.scaling[name]).to(logits.dtype)
-    return logits
-
-
 def _in_chunks(function: Callable[..., torch.Tensor], rows: tuple[torch.Tensor, ...], size: int) -> torch.Tensor:
     """`function` of so many rows at a time; several chunks keep nothing for the backward pass but their inputs."""
     if len(rows[0]) <= size:
         return function(*rows)
     chunks = zip(*(tensor.split(size) for tensor in rows), strict=True)
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
-
-
-def _trunk(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without its output layer; the layers of an active adapter are inside it."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(inner, inner.base_model_prefix)
 
 
 @torch.no_grad()
@@ -212,39 +159,22 @@ def require_exact(model: torch.nn.Module, *, packing: bool) -> None:
         ValueError: when the output layer does something that is not known here, or when groups are to be packed and the
             model takes no 4-D attention masks (recurrent layers, some attention kernels).
     """
+    own_BTV, tolerance = require_known_logits(model)
+    if not packing:
+        return
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    config, device = inner.config.get_text_config(), next(model.parameters()).device
-    ids = torch.randint(config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
-    ids[1, :6] = ids[0, :6]
-    was_training = model.training
+    ids, was_training = probe_ids(model), model.training
     model.eval()
-    own_BTV = inner(input_ids=ids, use_cache=False).logits[:, 5:-1].float()
-    own_BTV = own_BTV.log_softmax(dim=-1)
-    tolerance = 1e-3 if own_BTV.dtype == next(model.parameters()).dtype else 0.25
-
-    def gap(group: int | None) -> float:
-        hidden = hidden_states(model, ids, torch.ones_like(ids), 3, group=group).flatten(0, 1)
-        found = OutputLayer(model).logits(hidden, 0, config.vocab_size).float().log_softmax(dim=-1)
-        return float((found - own_BTV.flatten(0, 1)).abs().max())
-
-    name = type(inner).__name__
     try:
-        plain, packed = gap(None), 0.0
-        try:
-            packed = gap(2) if packing else 0.0
-        except (TypeError, ValueError, RuntimeError):
-            packed = float("inf")
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"the policy's {name} is no causal transformer as sidrl knows them: {error}") from error
+        hidden_BTD = hidden_states(model, ids, torch.ones_like(ids), 3, group=2)
+        found_BTV = OutputLayer(model).logits(hidden_BTD, 0, own_BTV.shape[-1]).float().log_softmax(dim=-1)
+        gap = float((found_BTV - own_BTV).abs().max())
+    except (TypeError, ValueError, RuntimeError):
+        gap = float("inf")
     finally:
         model.train(was_training)
-    if plain > tolerance:
+    if gap > tolerance:
         raise ValueError(
-            f"the policy's {name} makes its logits in a way that sidrl does not know (they differ by {plain:.2g}): "
-            "its log-probabilities would be wrong"
-        )
-    if packed > tolerance:
-        raise ValueError(
-            f"rl.packing=true needs a model that takes 4-D attention masks, and {name} with attention "
+            f"rl.packing=true needs a model that takes 4-D attention masks, and {type(inner).__name__} with attention "
             f"{inner.config._attn_implementation} does not: set rl.packing=false"
         )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.schema import ModelConfig
 from rollout.decode import Decoder
+from rollout.output_layer import require_known_logits
 from rollout.search import beam, draw, draw_distinct, write
 from rollout.support import TorchTrie
 from rollout.thought import Text, generate
@@ -68,6 +69,7 @@ class HFEngine:
     name = "hf"
 
     def __init__(self, model: PreTrainedModel, decoder: Decoder, *, max_batch_prompts: int = 64) -> None:
+        require_known_logits(model)
         self.model = model
         self.decoder = decoder
         self.trie = TorchTrie(decoder.trie, model.device)

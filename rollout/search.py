@@ -1,10 +1,8 @@
-"""Search under the trie on a Hugging Face model: each prompt is computed once, then a tree of branches grows from it.
+"""Search under the trie: independent draws, beams, draws without replacement, and free text, on a Hugging Face model.
 
-Branches share the prompt's keys and values; a 4-D attention mask lets each new token see its prompt and its own
-ancestors only, so nothing is copied or reordered when branches split.
+Beams and draws without replacement are one search, `widen`, which any engine can feed with log-probabilities.
 
-Axes: B prompts, P padded prompt length, W branches per prompt, S branch tokens so far, L levels, V vocabulary,
-C children.
+Axes: B prompts, W branches per prompt, L levels, V vocabulary, C children, N rows, T tokens.
 """
 
 from __future__ import annotations
@@ -15,69 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from rollout.support import TorchTrie, additive_mask, ban_
+from rollout.support import TorchTrie, ban_
 from rollout.thought import Text
+from rollout.tree_decoder import TreeDecoder
 from rollout.types import Sample, Sampling
 from rollout.views import Views
-
-
-class TreeDecoder:
-    """Keys and values of a batch of prompts and of the branches that grew from them."""
-
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
-        self.model = model
-        device = model.device
-        longest = max(len(prompt) for prompt in prompts)
-        ids = torch.zeros((len(prompts), longest), dtype=torch.long)
-        mask = torch.zeros((len(prompts), longest), dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = True
-        self.prompt_ids_BP, self.prompt_mask_BP = ids.to(device), mask.to(device)
-        self.lengths_B = self.prompt_mask_BP.sum(dim=1)
-        self.cache = DynamicCache()
-        self.ancestors_BWS = torch.zeros((len(prompts), 1, 0), dtype=torch.bool, device=device)
-        self.depth = 0
-        self.started = False
-
-    def prefill(self) -> torch.Tensor:
-        """Compute the prompts; returns the logits [B, V] of the token after each."""
-        self.started = True
-        positions = (self.prompt_mask_BP.cumsum(dim=1) - 1).clamp(min=0)
-        return self._forward(self.prompt_ids_BP, self.prompt_mask_BP.long(), positions)[:, -1]
-
-    def extend(self, tokens_BW: torch.Tensor, parents_BW: torch.Tensor) -> torch.Tensor:
-        """Append one token to branches.
-
-        Args:
-            tokens_BW: the new tokens.
-            parents_BW: which branch of the last call each continues (zeros on the first call).
-
-        Returns:
-            logits [B, W, V] of the token after each.
-        """
-        batch, width = tokens_BW.shape
-        inherited = self.ancestors_BWS.gather(1, parents_BW[:, :, None].expand(-1, -1, self.ancestors_BWS.shape[2]))
-        itself = torch.eye(width, dtype=torch.bool, device=tokens_BW.device).expand(batch, -1, -1)
-        self.ancestors_BWS = torch.cat([inherited, itself], dim=2)
-        seen = torch.cat([self.prompt_mask_BP[:, None].expand(-1, width, -1), self.ancestors_BWS], dim=2)
-        mask = additive_mask(seen, self.model.dtype)
-        positions = (self.lengths_B[:, None] + self.depth).expand(-1, width)
-        self.depth += 1
-        return self._forward(tokens_BW, mask[:, None], positions, keep=0)
-
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: int = 1) -> torch.Tensor:
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        return output.logits.float()
 
 
 def sample_seed(seed: int, sample: Sample) -> int:
@@ -118,29 +60,29 @@ def draw(
     tokens, logps = [], []
 
     def extend(token_N: torch.Tensor, logp_N: torch.Tensor) -> torch.Tensor:
-        """Write a token on every branch; the logits [N, V] after it."""
+        """Write a token on every branch; the hidden states [N, D] after it."""
         parents_BW = torch.arange(width, device=trie.device).expand(batch, -1)
         tokens.append(token_N.view(batch, width))
         logps.append(logp_N.view(batch, width))
         if len(tokens) == sampling.items * depth + (sampling.items - 1) * len(marks):
-            return logits_NV
+            return hidden_ND
         return decoder.extend(tokens[-1], parents_BW if len(tokens) > 1 else 0 * parents_BW).flatten(0, 1)
 
-    logits_NV = decoder.prefill()
+    hidden_ND = decoder.prefill()
     for item in range(sampling.items):
         shown, place_N = trie.under(views), torch.from_numpy(view_N).to(trie.device) * trie.trie.num_nodes
         if item:  # what the slate holds already is gone
             for mark in marks:
-                logits_NV = extend(torch.full_like(row_N, mark), torch.zeros(len(row_N), device=trie.device))
+                hidden_ND = extend(torch.full_like(row_N, mark), torch.zeros(len(row_N), device=trie.device))
             left = (views or Views.build(trie.trie, [])).without(view_N, leaves_NK)
             shown, place_N = trie.under(left), torch.from_numpy(left.roots_V[1:]).to(trie.device)
         for level in range(depth):
             first = not tokens  # branches of a prompt start from the same logits
             at_N = place_N[::width] if first else place_N
             if sampling.constrained:
-                logps_NC, child_NC = shown.child_logps(logits_NV, at_N, temperature=sampling.temperature)
+                logps_NC, child_NC = decoder.child_logps(shown, level, hidden_ND, at_N, sampling.temperature)
             else:
-                logps_NC, child_NC = (logits_NV / sampling.temperature).log_softmax(dim=-1), None
+                logps_NC, child_NC = (decoder.logits(hidden_ND) / sampling.temperature).log_softmax(dim=-1), None
             logps_NC = nucleus(logps_NC, sampling.top_p)
             if first:
                 logps_NC, child_NC = logps_NC[row_N], None if child_NC is None else child_NC[row_N]
@@ -154,7 +96,7 @@ def draw(
             if child_NC is not None:
                 place_N = child_NC.gather(1, index_N1)[:, 0]
                 token_N = shown.tokens(place_N, level + 1)
-            logits_NV = extend(token_N, logps_NC.gather(1, index_N1)[:, 0])
+            hidden_ND = extend(token_N, logps_NC.gather(1, index_N1)[:, 0])
         leaves_NK = np.concatenate([leaves_NK, shown.nodes(place_N).cpu().numpy()[:, None]], axis=1)
     return torch.stack(tokens, dim=2).cpu().numpy(), torch.stack(logps, dim=2).cpu().numpy()
 
@@ -345,10 +287,10 @@ def _expander(
         places_BW: torch.Tensor, parents_BW: torch.Tensor, alive_BW: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if decoder.started:
-            logits_BWV = decoder.extend(trie.tokens(places_BW, decoder.depth + 1), parents_BW)
+            hidden_ND = decoder.extend(trie.tokens(places_BW, decoder.depth + 1), parents_BW).flatten(0, 1)
         else:
-            logits_BWV = decoder.prefill()[:, None]
-        return trie.child_logps(logits_BWV.flatten(0, 1), places_BW.reshape(-1), temperature=temperature)
+            hidden_ND = decoder.prefill()
+        return decoder.child_logps(trie, decoder.depth, hidden_ND, places_BW.reshape(-1), temperature)
 
     return expand
 
@@ -368,9 +310,10 @@ def write(model: PreTrainedModel, samples: Sequence[Sample], sampling: Sampling,
     lengths_N = torch.zeros(batch * count, dtype=torch.long, device=device)
     running_N = torch.ones(batch * count, dtype=torch.bool, device=device)
     tokens, logps = [], []
-    logits_NV = decoder.prefill()[row_N]
+    hidden_ND = decoder.prefill()[row_N]
     for step in range(thought.max_tokens):
-        logps_NV = nucleus(ban_(logits_NV / sampling.temperature, thought.banned).log_softmax(dim=-1), sampling.top_p)
+        logits_NV = ban_(decoder.logits(hidden_ND) / sampling.temperature, thought.banned)
+        logps_NV = nucleus(logits_NV.log_softmax(dim=-1), sampling.top_p)
         if sampling.sampler == "greedy":
             token_N1 = logps_NV.argmax(dim=-1, keepdim=True)
         else:
@@ -384,7 +327,7 @@ def write(model: PreTrainedModel, samples: Sequence[Sample], sampling: Sampling,
         if not bool(running_N.any()) or step + 1 == thought.max_tokens:
             break
         parents = parents_BW if step else 0 * parents_BW
-        logits_NV = decoder.extend(tokens[-1].view(batch, count), parents).flatten(0, 1)
+        hidden_ND = decoder.extend(tokens[-1].view(batch, count), parents).flatten(0, 1)
     tokens_NT, logps_NT = torch.stack(tokens, dim=1).tolist(), torch.stack(logps, dim=1).tolist()
     texts = [
         Text(tuple(row[:length]), tuple(values[:length]))

@@ -55,6 +55,7 @@ _ROW_TYPES = {
     "messages": pa.string(),
     "task": pa.string(),
     "candidates": _STRINGS,
+    "excluded": _STRINGS,
     "source": pa.string(),
 }
 _ITEM_REQUIRED = ("item_id", "sid")
@@ -151,7 +152,8 @@ def _record(catalog: Catalog, source: str, row: dict[str, Any]) -> Record:
             raise BadRow("empty-candidates", "candidates is empty; null stands for the whole catalogue")
     task = "next_item" if row.get("task") is None else row["task"]
     source = source if row.get("source") is None else row["source"]
-    return Record(source, row["user"] or "", history, targets, gains, prompt, task, candidates)
+    excluded = _indices(catalog, row.get("excluded") or [], "excluded")
+    return Record(source, row["user"] or "", history, targets, gains, prompt, task, candidates, excluded)
 
 
 def _indices(catalog: Catalog, item_ids: list[str | None], column: str) -> tuple[int, ...]:
@@ -213,6 +215,7 @@ def _row_columns(catalog: Catalog, records: tuple[Record, ...]) -> dict[str, lis
         "prompt": [record.prompt if isinstance(record.prompt, str) else None for record in records],
         "messages": [None if chat is None else json.dumps(chat, ensure_ascii=False) for chat in chats],
         "task": [record.task for record in records],
+        "excluded": [names(record.excluded) if record.excluded else None for record in records],
         "candidates": [None if record.candidates is None else names(record.candidates) for record in records],
         "source": [record.source for record in records],
     }

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from rl import scoring
-from rl.scoring import OutputLayer, require_exact, score_tokens, support_places
+from rl.scoring import require_exact, score_tokens, support_places
+from rollout.output_layer import OutputLayer
 from rollout.support import TorchTrie
 from rollout.trie import SidTrie
 

@@ -69,6 +69,7 @@ def worlds(draw: st.DrawFn) -> World:
             draw(prompt),
             draw(st.sampled_from(["next_item", "ad_rec", ""])),
             candidates,
+            tuple(draw(st.lists(st.sampled_from(range(len(catalog))), unique=True, max_size=3))),
         )
 
     splits = draw(st.lists(st.sampled_from(["train", "valid", "test"]), min_size=1, unique=True))

@@ -16,9 +16,10 @@ from transformers import Qwen3ForCausalLM
 from rollout.catalog import Catalog
 from rollout.decode import Decoder
 from rollout.hf_engine import HFEngine
-from rollout.search import TreeDecoder, beam, draw, sample_seed
+from rollout.search import beam, draw, sample_seed
 from rollout.sid import SidVocab, letters_format
 from rollout.support import TorchTrie
+from rollout.tree_decoder import TreeDecoder
 from rollout.trie import SidTrie
 from rollout.types import RolloutGroup, Sample, Sampling
 from tests import oracle
@@ -333,7 +334,7 @@ def test_branches_see_their_own_ancestors_only(tiny_model: Qwen3ForCausalLM, tin
             for row in range(len(prompts))
         ]
         with torch.no_grad():
-            logits_BWV = tree.extend(torch.from_numpy(tokens), torch.from_numpy(parents))
+            logits_BWV = tree.logits(tree.extend(torch.from_numpy(tokens), torch.from_numpy(parents)))
             for row, branches in enumerate(texts):
                 expected = tiny_model(input_ids=torch.tensor(branches)).logits[:, -1]
                 torch.testing.assert_close(logits_BWV[row], expected, atol=5e-5, rtol=1e-4)
