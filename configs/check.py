@@ -303,6 +303,15 @@ def _policy_update(config: RunConfig) -> Iterator[str]:
                 f"{key}={_value(config, key)} must be a multiple of rl.epochs_per_batch={passes}: "
                 "a checkpoint keeps no rollouts"
             )
+    if config.rl.inclusion_weights:
+        if config.rollout.sampler != "unique" or config.algo in ("ppo", "pl"):
+            yield (
+                "rl.inclusion_weights=true is for groups drawn without replacement: it needs rollout.sampler=unique, and "
+                f"it is {config.rollout.sampler}, and an algorithm that compares the group (algo={config.algo})"
+            )
+        for key, off in (("rl.prefix_credit", 0), ("rl.inject_targets", False), ("thought.rollouts", 1)):
+            if _value(config, key) != off:
+                yield f"rl.inclusion_weights and {key} both make the advantages: take one"
     if config.rl.sync_ref_every and not config.rl.kl_coef:
         yield f"rl.sync_ref_every={config.rl.sync_ref_every} needs rl.kl_coef > 0: without it there is no reference"
     schedule = config.rl.lr_schedule

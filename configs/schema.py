@@ -201,6 +201,8 @@ class RLConfig:
             one more branch of its packed group. Holds the list together while the reward sharpens its top.
         prefix_credit: Reward paid at each level of an item but the last on which its codes so far are still those of a
             target. Advantages then are per token, of what is still to be earned.
+        inclusion_weights: With `rollout.sampler: unique`, weigh rollouts by the inverse of the probability that they
+            are in their group, which makes the policy gradient unbiased; false treats them like independent draws.
         ranking_length: Items of a ranking of `--algo pl` where the row names no candidates.
         support: Distribution of policy and reference at SID positions: trie (what is sampled and deployed) or full
             (the whole vocabulary, as peers do; biased, for comparison).
@@ -227,6 +229,7 @@ class RLConfig:
     inject_targets: bool = False
     sft_coef: float = 0.0
     prefix_credit: float = 0.0
+    inclusion_weights: bool = False
     ranking_length: int = 10
     support: Literal["trie", "full"] = "trie"
     packing: bool = True

@@ -1,19 +1,14 @@
-"""Thoughts in training: which tokens end and close them, what their rollouts earn, advantages within and across them.
-
-Axes: P prompts, G rollouts of a prompt, N thoughts of a prompt, M rollouts of a thought, T completion tokens.
-"""
+"""Thoughts in training: which tokens end and close them, which rows think, what is taken from those that do not end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import ThoughtConfig
 from rewards.protocol import ScoredGroup
-from rl.algorithms import Algorithm
 from rollout.decode import Decoder
 from rollout.sid import SidVocab
 from rollout.thought import Writer, continue_
@@ -80,29 +75,6 @@ def penalised(scored: Sequence[ScoredGroup], penalty: float) -> list[ScoredGroup
         )
         for group in scored
     ]
-
-
-def nested_advantages(scored: Sequence[ScoredGroup], algorithm: Algorithm, rollouts: int, length: int) -> np.ndarray:
-    """Advantages [P, G, T] of N thoughts with M rollouts each.
-
-    A token of items gets the advantage of its rollout among the M that continue the same thought; a token of a thought
-    gets the advantage of that thought's mean reward among the N. Both baselines are means of what was drawn under the
-    same condition, so neither biases the gradient. Groups that did not think get advantages among all G.
-    """
-    totals_PG = np.array([group.total for group in scored])
-    plain_PG = algorithm.advantages(totals_PG)
-    by_thought_PNM = totals_PG.reshape(len(scored), -1, rollouts)
-    within_PG = algorithm.advantages(by_thought_PNM.reshape(-1, rollouts)).reshape(totals_PG.shape)
-    across_PG = np.repeat(algorithm.advantages(by_thought_PNM.mean(axis=2)), rollouts, axis=1)
-    result_PGT = np.zeros((*totals_PG.shape, length))
-    for row, group in enumerate(scored):
-        for column, rollout in enumerate(group.group.rollouts):
-            if rollout.thought < 0:
-                result_PGT[row, column] = plain_PG[row, column]
-            else:
-                result_PGT[row, column, : rollout.thought_tokens] = across_PG[row, column]
-                result_PGT[row, column, rollout.thought_tokens :] = within_PG[row, column]
-    return result_PGT
 
 
 def _around(pair: tuple[int, int], token: int) -> list[tuple[int, int]]:

@@ -23,17 +23,17 @@ from trl import GRPOTrainer
 
 from configs.schema import RunConfig
 from rewards.protocol import ScoredGroup
+from rl.advantages import group_advantages
 from rl.ahead import RolloutsAhead
 from rl.algorithms import Algorithm, without_signal
 from rl.batch import Batch, BatchScorer, slices_of
-from rl.credit import rewards_to_go, token_rewards
 from rl.evaluate import evaluate
 from rl.injection import draw_targets, inject_targets
 from rl.notes import Phases, rewards_of, rollout_notes, score_notes
 from rl.recorder import Recorder
 from rl.scoring import TokenScores, require_exact
 from rl.task import Task
-from rl.thoughts import nested_advantages, penalised
+from rl.thoughts import penalised
 from rl.trailing import Reference, TrailingWeights
 from rl.trl_arguments import adapter_config, adapter_on_output_layer_allowed, grpo_arguments, with_adapter
 from rl.trl_sampler import EpochSampler
@@ -241,14 +241,8 @@ class SidTrainer(GRPOTrainer):
 
     def advantages(self, scored: list[ScoredGroup], batch: Batch) -> torch.Tensor:
         """Advantages of the rollouts, [B] or per token [B, T]."""
-        advantages = self.algorithm.advantages(rewards_of(scored))
-        if (rollouts := self.config.thought.rollouts) > 1:
-            advantages = nested_advantages(scored, self.algorithm, rollouts, batch["completion_ids"].shape[1])
-        if credit := self.config.rl.prefix_credit:  # what is still to be earned from each token on, among the group's
-            to_go_PGT = rewards_to_go(
-                token_rewards(scored, self.task.decoder.catalog, credit, batch["completion_ids"].shape[1])
-            )
-            advantages = np.stack([self.algorithm.advantages(to_go_PG) for to_go_PG in np.moveaxis(to_go_PGT, 2, 0)], 2)
+        length = batch["completion_ids"].shape[1]
+        advantages = group_advantages(scored, self.config, self.algorithm, self.task.decoder.catalog, length)
         return torch.from_numpy(advantages).float().to(self.accelerator.device).flatten(0, 1)
 
     def reference_logps(self, batch: Batch) -> torch.Tensor:

@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 
 from configs.check import ConfigError
 from rewards.protocol import ScoredGroup
+from rl.advantages import nested_advantages
 from rl.algorithms import Algorithm
 from rl.scoring import FORCED
-from rl.thoughts import nested_advantages, penalised
+from rl.thoughts import penalised
 from rollout.data.native import write_world
 from rollout.data.world import World
 from rollout.sid import onerec_format
