@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-from rollout.vllm_trie import OPT_IN, TRIE_FOLDER, TrieProcessor
+from rollout.vllm_trie import IN_PROCESS, OPT_IN, TRIE_FOLDER, TrieProcessor
 
 CPU_BATCH_TOKENS, CPU_BATCH_SEQUENCES = 8192, 512  # vLLM's defaults are smaller; one step of a small policy is overhead
 
@@ -81,6 +81,7 @@ class VLLMEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="sidrl-vllm-")
         self._trie_folder = Path(self._folder.name) / FIRST_TRIE
         decoder.trie.save(self._trie_folder)
+        IN_PROCESS[str(self._trie_folder)] = decoder.trie
         # On CPU vLLM packs the output matrix when it loads and keeps the pack when tied weights are loaded again: the
         # head would stay old. There the engine's copy is untied, and every load names the head itself. There too, a
         # seeded request that is prefilled in chunks crashes: vLLM rewinds its generator, which on CPU it cannot.
@@ -226,7 +227,9 @@ class VLLMEngine:
         folder = Path(self._folder.name)
         old, self._trie_folder = self._trie_folder, folder / f"trie-{int(self._trie_folder.name.split('-')[1]) + 1}"
         decoder.trie.save(self._trie_folder)
+        IN_PROCESS[str(self._trie_folder)] = decoder.trie
         if old.name != FIRST_TRIE:  # requests that name none mean that one
+            del IN_PROCESS[str(old)]
             shutil.rmtree(old)  # where it is still mapped its memory stays
         self.decoder, self.trie = decoder, TorchTrie(decoder.trie)
 

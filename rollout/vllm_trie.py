@@ -85,6 +85,9 @@ class Wish:
 
 WHOLE_ITEM = Wish()
 
+IN_PROCESS: dict[str, SidTrie] = {}
+"""Tries of engines in this process by their folder: their arrays (of Ray's object store) need no second mapping."""
+
 
 class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
     """Leaves the children of each constrained request's node and nothing else; a dead prefix raises."""
@@ -103,7 +106,7 @@ class TrieProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._serve(self.first)
 
     def _serve(self, folder: str) -> None:
-        self.folder, self.trie = folder, SidTrie.load(folder)
+        self.folder, self.trie = folder, IN_PROCESS.get(folder) or SidTrie.load(folder)
         self.torch_trie = TorchTrie(self.trie, self.device)
 
     def _follow(self, wishes: Iterable[Wish]) -> None:

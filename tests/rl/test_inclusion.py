@@ -22,7 +22,7 @@ from tests.rollout.test_unique import DRAWS, FEW, copies, small
 def test_mean_gradient_is_the_exact_one(
     tiny_model: Qwen3ForCausalLM, tiny_decoder: Decoder, tiny_samples: list[Sample]
 ) -> None:
-    """Over 4,000 groups of 2 of 5 items, the mean of the estimator against ∇ Σ p · r by autograd; plain averages fail."""
+    """Over 3,000 groups of 2 of 5 items, the estimator's mean against ∇ Σ p · r by autograd; plain averages fail."""
     decoder, sample, size = small(tiny_decoder), tiny_samples[5], 2
     rewards = np.array([1.0, -0.5, 2.0, 0.0, 0.7])
     weight = tiny_model.model.norm.weight
