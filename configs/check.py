@@ -306,7 +306,7 @@ def _policy_update(config: RunConfig) -> Iterator[str]:
     if config.rl.inclusion_weights:
         if config.rollout.sampler != "unique" or config.algo in ("ppo", "pl"):
             yield (
-                "rl.inclusion_weights=true is for groups drawn without replacement: it needs rollout.sampler=unique (it "
+                "rl.inclusion_weights=true is for items drawn without replacement: it needs rollout.sampler=unique (it "
                 f"is {config.rollout.sampler}) and an algorithm that compares the group (algo={config.algo})"
             )
         for key, off in (("rl.prefix_credit", 0), ("rl.inject_targets", False), ("thought.rollouts", 1)):
