@@ -106,7 +106,8 @@ class RolloutConfig:
         gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
         cpus_per_engine: CPUs that Ray counts for an engine when it places it.
         gpus_per_engine: GPUs of an engine; -1 takes 1 where the cluster has GPUs and 0 where it has none.
-        threads: CPU threads of an engine; 0 takes `$OMP_NUM_THREADS` or all (engines and trainer take turns).
+        threads: CPU threads of an engine; 0 takes `$OMP_NUM_THREADS` or all (engines and trainer take turns), or its
+            share of them where `max_staleness` lets engines and trainer run at once.
     """
 
     engine: Literal["auto", "vllm", "hf"] = "auto"

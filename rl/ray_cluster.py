@@ -55,8 +55,12 @@ class TrainWorker:
 
     def run(self, config: RunConfig) -> dict[str, Any]:
         """The whole run; returns its summary."""
-        from rl.train import run
+        import torch
 
+        from rl.train import run
+        from rollout.engine import cpu_threads
+
+        torch.set_num_threads(cpu_threads(config.rollout)[0])
         return run(config, self._progress)
 
     def progress(self, seen: int) -> Snapshot:

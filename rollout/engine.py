@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,19 @@ class EngineSpec:
 
         policy = open_policy(self.model_path, self.model)
         return HFEngine(policy, decoder, max_batch_prompts=self.rollout.max_batch_prompts)
+
+
+def cpu_threads(settings: RolloutConfig) -> tuple[int, int]:
+    """Threads of the trainer and of each engine.
+
+    They take turns, so each may have all; but where rollouts are drawn ahead they run beside each other, and share:
+    threads that outnumber the cores made updates 30 times slower (docs/performance.md).
+    """
+    every = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    if not settings.max_staleness:
+        return every, settings.threads or every
+    engine = settings.threads or max(1, every // 2 // settings.num_engines)
+    return max(1, every - engine * settings.num_engines), engine
 
 
 def choose_engine(wanted: str) -> tuple[str, str]:

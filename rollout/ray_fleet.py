@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rollout.decode import Decoder
-from rollout.engine import EngineSpec
+from rollout.engine import EngineSpec, cpu_threads
 from rollout.types import RolloutGroup, Sample, Sampling
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Fleet:
 
     def __init__(self, spec: EngineSpec, decoder: Decoder) -> None:
         settings = spec.rollout
-        threads = settings.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1
+        _, threads = cpu_threads(settings)
         actor = ray.remote(EngineActor).options(
             num_cpus=settings.cpus_per_engine,
             num_gpus=max(settings.gpus_per_engine, 0),

@@ -62,7 +62,7 @@ def main() -> None:
             for side, trainer in sides.items():
                 seconds[side].append(_iteration(trainer))
             for phase in PHASES:
-                phases[phase].append(ours._seconds.pop(phase, 0.0))
+                phases[phase].append(ours.phase.seconds.pop(phase, 0.0))
         fleet.close()
     took = {side: statistics.median(times[1:]) for side, times in seconds.items()}  # the first of each warms up
     print(

@@ -115,9 +115,12 @@ def test_rollouts(recorder: Recorder, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["step_000003.parquet"]
     rows = pq.read_table(tmp_path / "rollouts" / "step_000003.parquet").to_pylist()
     assert list(rows[0]) == [
-        "step", "source", "prompt", "targets", "rollout", "completion", "items", "titles", "rank", "legal", "logp",
-        "policy_version", "reward/ndcg@10", "reward", "advantage",
+        "step", "source", "prompt", "targets", "rollout", "completion", "items", "titles", "rank", "legal",
+        "finish_reason", "tokens", "text_tokens", "thought", "truncated", "logp", "policy_version", "reward/ndcg@10",
+        "reward", "advantage",
     ]  # fmt: skip
+    assert [row["finish_reason"] for row in rows] == ["item", "item", "illegal", "item"]
+    assert [(row["text_tokens"], row["thought"], row["truncated"]) for row in rows[:2]] == [(0, -1, False)] * 2
     body = catalog.format.body
     assert [row["rank"] for row in rows] == [1, 2, None, 1]
     assert [row["legal"] for row in rows] == [True, True, False, True]
