@@ -60,7 +60,8 @@ def thought_first(engine: Writer, samples: Sequence[Sample], thought: Thought | 
     result = list(samples)
     rows = [row for row, sample in enumerate(samples) if thought and sample.thinks]
     if thought and rows:
-        texts = engine.write([samples[row] for row in rows], Sampling(1, "greedy", thought=thought), 1)
+        sampling = Sampling(1, "greedy", thought=replace(thought, rollouts=1))
+        texts = engine.write([samples[row] for row in rows], sampling, 1)
         for row, (text,) in zip(rows, texts, strict=True):
             result[row] = replace(continue_(samples[row], text, thought, 0), record=samples[row].record)
     return result

@@ -15,13 +15,16 @@ from configs.check import ConfigError
 from rewards.protocol import ScoredGroup
 from rl.advantages import nested_advantages
 from rl.algorithms import Algorithm
+from rl.evaluate import evaluate
+from rl.progress import Progress
 from rl.scoring import FORCED
-from rl.thoughts import penalised
+from rl.thoughts import penalised, thought_first
 from rollout.data.native import write_world
 from rollout.data.world import World
+from rollout.hf_engine import HFEngine
 from rollout.sid import onerec_format
 from rollout.support import TEXT, WHOLE_VOCABULARY
-from rollout.types import Record, Rollout, RolloutGroup, Sample
+from rollout.types import Record, Rollout, RolloutGroup, Sample, Sampling
 from tests.rl.conftest import MakePolicy, MakeTrainer, shop
 
 MARKED = onerec_format((3, 4, 5))
@@ -153,6 +156,28 @@ def test_thoughts_learn(make_run: MakeTrainer, marked: dict[str, Any], world: Wo
     lines = make_run({**settings, "rl.learning_rate": 3e-2, "thought.rollouts": 2, "rollout.group_size": 8}).train()
     rewards = [line["reward"] for line in lines]
     assert np.mean(rewards[-5:]) > 0.2 + np.mean(rewards[:5])
+
+
+def test_evaluation_thinks_first(make_run: MakeTrainer, marked: dict[str, Any]) -> None:
+    """Lists are the beams behind the likeliest thought, where a row thinks."""
+    run = make_run({**marked, **THINK, "thought.rollouts": 2, "thought.tasks": ["explain"]})
+    task, model = run.trainer.task, run.trainer.policy
+    assert task.thought is not None
+    engine = HFEngine(model, task.decoder)
+    samples = task.samples["test"][:6]
+    first = thought_first(engine, samples, task.thought)
+    greedy = engine.generate(samples, Sampling(2, "beam", thought=replace(task.thought, rollouts=2)))
+    for before, after, group in zip(samples, first, greedy, strict=True):
+        assert after.record == before.record
+        thinks = before.record.task == "explain"
+        assert (after.prompt_ids == before.prompt_ids) == (not thinks)
+        if thinks:
+            alone = engine.write([before], Sampling(1, "greedy", thought=replace(task.thought, rollouts=1)), 1)[0][0]
+            assert after.prompt_ids[len(before.prompt_ids) :][: len(alone.token_ids)] == alone.token_ids
+            assert after.prompt_ids[-1:] == task.decoder.marks[-1:], "the begin mark comes right before the item"
+        assert len(group) == 2
+    result = evaluate(model, task, run.config, "test", Progress())
+    assert result.legal_rate == 1.0
 
 
 @pytest.mark.parametrize(
