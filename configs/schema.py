@@ -14,13 +14,14 @@ class ModelConfig:
         path: Hugging Face folder (or hub id) of the policy. Unset: a small policy is warmed up on the data first and
             cached (see `warmup`).
         dtype: Type of weights and arithmetic; auto is float32 on CPU and bfloat16 on GPU.
-        attention: Attention code of transformers; sdpa and eager take the 4-D masks that rollouts need.
+        attention: Attention code of transformers. sdpa and eager take 4-D masks; flex_attention skips their empty
+            blocks and needs a GPU to train (it has no backward pass on CPU).
         trust_remote_code: Run Python code that comes with the model folder.
     """
 
     path: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     trust_remote_code: bool = False
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from rollout.support import additive_mask
 
@@ -22,21 +23,27 @@ class PackedGroups:
 
     Attributes:
         ids_MS: tokens. The last token of a completion predicts nothing and is left out.
-        mask_M1SS: additive attention mask, 0 where seen.
+        mask_M1SS: additive attention mask, 0 where seen; for FlexAttention its block mask, which skips what is empty.
         positions_MS: position of each token in its own completion's sequence.
         keep: positions [1 + G·(T - 1)] whose logits are needed: the prompt's last one, then the completions'.
         place_GT: for each completion token, its index into the kept logits.
     """
 
     ids_MS: torch.Tensor
-    mask_M1SS: torch.Tensor
+    mask_M1SS: torch.Tensor | BlockMask
     positions_MS: torch.Tensor
     keep: torch.Tensor
     place_GT: torch.Tensor
 
 
 def pack_groups(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion: int, group: int, dtype: torch.dtype
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion: int,
+    group: int,
+    dtype: torch.dtype,
+    *,
+    blocks: bool = False,
 ) -> PackedGroups:
     """Pack rows [M·G, P + T] whose groups stand whole and in order.
 
@@ -46,6 +53,7 @@ def pack_groups(
         completion: T.
         group: G.
         dtype: type of the additive mask, the model's.
+        blocks: make FlexAttention's block mask instead.
 
     Raises:
         ValueError: when the rows are no whole groups.
@@ -63,8 +71,23 @@ def pack_groups(
 
     branch = torch.arange(group, device=device).repeat_interleave(kept)
     step = torch.arange(kept, device=device).repeat(group)
-    own_BB = (branch[:, None] == branch[None]) & (step[:, None] >= step[None])
     size = prompt + len(branch)
+    mask = _block_mask(prompt_mask_MP, branch) if blocks else _additive_mask(prompt_mask_MP, branch, step, dtype)
+
+    prompt_positions_MP = (prompt_mask_MP.long().cumsum(dim=1) - 1).clamp(min=0)
+    positions_MS = torch.cat([prompt_positions_MP, prompt_mask_MP.sum(dim=1, keepdim=True) + step[None]], dim=1)
+    keep = torch.arange(prompt - 1, size, device=device)
+    first = torch.zeros((group, 1), dtype=torch.long, device=device)
+    place_GT = torch.cat([first, 1 + torch.arange(group * kept, device=device).view(group, kept)], dim=1)
+    return PackedGroups(ids_MS, mask, positions_MS, keep, place_GT)
+
+
+def _additive_mask(
+    prompt_mask_MP: torch.Tensor, branch: torch.Tensor, step: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The tree mask [M, 1, S, S] as numbers to add."""
+    (groups, prompt), device = prompt_mask_MP.shape, branch.device
+    size, own_BB = prompt + len(branch), (branch[:, None] == branch[None]) & (step[:, None] >= step[None])
     seen_MSS = torch.zeros((groups, size, size), dtype=torch.bool, device=device)
     causal_PP = torch.ones((prompt, prompt), dtype=torch.bool, device=device).tril()
     seen_MSS[:, :prompt, :prompt] = causal_PP & prompt_mask_MP[:, None]
@@ -72,11 +95,19 @@ def pack_groups(
     seen_MSS[:, prompt:, prompt:] = own_BB
     # A padded position sees itself, so that no row of the softmax is empty.
     seen_MSS |= torch.eye(size, dtype=torch.bool, device=device)
-    mask_MSS = additive_mask(seen_MSS, dtype)
+    return additive_mask(seen_MSS, dtype)[:, None]
 
-    prompt_positions_MP = (prompt_mask_MP.long().cumsum(dim=1) - 1).clamp(min=0)
-    positions_MS = torch.cat([prompt_positions_MP, prompt_mask_MP.sum(dim=1, keepdim=True) + step[None]], dim=1)
-    keep = torch.arange(prompt - 1, size, device=device)
-    first = torch.zeros((group, 1), dtype=torch.long, device=device)
-    place_GT = torch.cat([first, 1 + torch.arange(group * kept, device=device).view(group, kept)], dim=1)
-    return PackedGroups(ids_MS, mask_MSS[:, None], positions_MS, keep, place_GT)
+
+def _block_mask(prompt_mask_MP: torch.Tensor, branch: torch.Tensor) -> BlockMask:
+    """The same tree mask as a rule: what FlexAttention computes, block by block where anything is seen."""
+    (groups, prompt), device = prompt_mask_MP.shape, branch.device
+    written = torch.ones((groups, len(branch)), dtype=torch.bool, device=device)
+    there_MS = torch.cat([prompt_mask_MP, written], dim=1)
+    branch_S = torch.cat([torch.full((prompt,), -1, device=device), branch])
+
+    def seen(m: torch.Tensor, _: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        mine = (branch_S[k] == -1) | (branch_S[k] == branch_S[q])
+        return (there_MS[m, k] & mine & (k <= q)) | (k == q)
+
+    size = prompt + len(branch)
+    return create_block_mask(seen, groups, None, size, size, device=device)

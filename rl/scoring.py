@@ -136,7 +136,8 @@ def hidden_states(
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         output = trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
         return output.last_hidden_state[:, -length - 1 : -1]
-    packed = pack_groups(input_ids, attention_mask, length, group, trunk.dtype)
+    blocks = trunk.config._attn_implementation == "flex_attention"
+    packed = pack_groups(input_ids, attention_mask, length, group, trunk.dtype, blocks=blocks)
     output = trunk(
         input_ids=packed.ids_MS, attention_mask=packed.mask_M1SS, position_ids=packed.positions_MS, use_cache=False
     )

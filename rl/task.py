@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.schema import RunConfig
@@ -161,6 +162,8 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
         ValueError: when the model or its tokenizer does not fit the catalogue, or the catalogue the settings.
     """
     trust = config.model.trust_remote_code
+    if config.model.attention == "flex_attention" and not torch.cuda.is_available():
+        raise ValueError("model.attention=flex_attention needs a GPU: it has no backward pass on CPU; take sdpa")
     if (model_path / "adapter_config.json").is_file() and not (model_path / "config.json").is_file():
         raise ValueError(
             f"model.path={model_path} is an adapter, not a whole model: --output.merged_model of the run that made it "

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from rl.packing import pack_groups
 from rollout.hf_engine import load_policy
@@ -47,9 +48,9 @@ def plain_logits(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, 
 
 
 def packed_logits(
-    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, completion: int, group: int
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, completion: int, group: int, blocks: bool = False
 ) -> list[torch.Tensor]:
-    packed = pack_groups(ids, mask, completion, group, torch.float32)
+    packed = pack_groups(ids, mask, completion, group, torch.float32, blocks=blocks)
     output = model(
         input_ids=packed.ids_MS,
         attention_mask=packed.mask_M1SS,
@@ -126,6 +127,20 @@ def test_eager_attention(make_policy: MakePolicy) -> None:
     model = load_policy(make_policy(), attention="eager")
     expected = torch.cat(plain_logits(load_policy(make_policy()), ids, mask, 3))
     assert gap(torch.cat(packed_logits(model, ids, mask, 3, 3)), expected) <= CLOSE
+
+
+def test_flex_attention(make_policy: MakePolicy) -> None:
+    """Its forward pass, which is all it has on CPU; the block mask is the dense one by another name."""
+    ids, mask = batch([11, 4], 4, 3, cut=True)
+    model = load_policy(make_policy(), dtype="float32", attention="flex_attention").requires_grad_(False)
+    plain = load_policy(make_policy(), dtype="float32")
+    for mine, other in zip(packed_logits(model, ids, mask, 3, 4, True), plain_logits(plain, ids, mask, 3), strict=True):
+        torch.testing.assert_close(mine[: len(other)], other.detach(), atol=CLOSE, rtol=CLOSE)
+    blocks = pack_groups(ids, mask, 3, 4, torch.float32, blocks=True).mask_M1SS
+    dense = pack_groups(ids, mask, 3, 4, torch.float32).mask_M1SS
+    assert isinstance(blocks, BlockMask) and isinstance(dense, torch.Tensor)
+    size = dense.shape[-1]
+    assert torch.equal(create_mask(blocks.mask_mod, len(dense), None, size, size, "cpu"), dense == 0)
 
 
 def test_pads_are_never_seen(make_policy: MakePolicy) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from rl.cache import cache_root, files_fingerprint, make_once
 from rl.task import load_data, policy_folder, prepare_task, rl_and_warmup_rows
@@ -108,6 +109,12 @@ def test_what_is_said_of_the_data(make_config: MakeConfig) -> None:
     said: list[str] = []
     load_data(make_config(), said.append)
     assert said == ["sidrl data: 24 items, 23 Sids (1 items share one), rows train 48, valid 10, test 12"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_flex_attention_needs_a_gpu(make_config: MakeConfig, make_policy: MakePolicy, world: World) -> None:
+    with pytest.raises(ValueError, match="model.attention=flex_attention needs a GPU"):
+        prepare_task(make_config({"model.attention": "flex_attention"}), world, make_policy(), hush)
 
 
 def test_targets_must_be_allowed(make_config: MakeConfig, make_policy: MakePolicy, world: World) -> None:
