@@ -118,9 +118,7 @@ def score_tokens(
             logits = head.logits(hidden, first, stop).float() / temperature
             return torch.stack(trie.token_logps(logits, places, tokens, first_token=first), dim=1)
 
-        found_N2 = _in_chunks(
-            scores, (hidden_ND[rows], places_N[rows], tokens_N[rows]), max(1, CHUNK // (stop - first))
-        )
+        found_N2 = in_chunks(scores, (hidden_ND[rows], places_N[rows], tokens_N[rows]), max(1, CHUNK // (stop - first)))
         scores_N2 = scores_N2.index_copy(0, rows, found_N2)
     blank_BT = torch.zeros(tokens_BT.shape, device=scores_N2.device)
     logps_BT, entropies_BT = (blank_BT.masked_scatter(written_BT, scores_N2[:, column]) for column in (0, 1))
@@ -144,7 +142,7 @@ def hidden_states(
     return output.last_hidden_state[:, packed.keep[packed.place_GT]].flatten(0, 1)
 
 
-def _in_chunks(function: Callable[..., torch.Tensor], rows: tuple[torch.Tensor, ...], size: int) -> torch.Tensor:
+def in_chunks(function: Callable[..., torch.Tensor], rows: tuple[torch.Tensor, ...], size: int) -> torch.Tensor:
     """`function` of so many rows at a time; several chunks keep nothing for the backward pass but their inputs."""
     if len(rows[0]) <= size:
         return function(*rows)
