@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.keys import leaf_types, suggestion
 from configs.passthrough import grpo_fields, lora_fields, lora_reason, trl_reason
-from configs.schema import CriticConfig, RLConfig, RunConfig, ThoughtConfig
+from configs.schema import CriticConfig, DistillConfig, RLConfig, RunConfig, ThoughtConfig
 
 
 class ConfigError(ValueError):
@@ -116,6 +116,18 @@ RANGES: dict[str, Range] = {
     "critic.hidden_size": COUNT,
     "critic.layers": COUNT,
     "critic.heads": COUNT,
+    "distill.every": NOT_NEGATIVE,
+    "distill.weight": NOT_NEGATIVE,
+    "distill.prompts_per_step": COUNT,
+    "distill.texts_per_prompt": COUNT,
+    "distill.max_tokens": COUNT,
+    "distill.max_prompt_tokens": COUNT,
+    "distill.passage_words": COUNT,
+    "distill.temperature": POSITIVE,
+    "distill.beta": Range(0, 1, low_open=True, high_open=True),
+    "distill.top_k": COUNT,
+    "distill.low": Range(-math.inf, 0),
+    "distill.high": NOT_NEGATIVE,
     "lora.r": COUNT,
     "lora.alpha": COUNT,
     "lora.dropout": SHARE_BELOW_1,
@@ -163,6 +175,7 @@ def check(config: RunConfig) -> None:
         _warmup,
         _rollout,
         _thought,
+        _distill,
         _rewards,
         _policy_update,
         _critic,
@@ -274,6 +287,30 @@ def _thought(config: RunConfig) -> Iterator[str]:
             yield f"rl.prefix_credit and thought.rollouts={thought.rollouts} both make advantages per token: take one"
         if config.algo == "ppo":
             yield f"thought.rollouts={thought.rollouts}: the critic of algo=ppo gives advantages of its own; set 1"
+
+
+def _distill(config: RunConfig) -> Iterator[str]:
+    settings = config.distill
+    if not settings.every and not settings.weight:
+        if settings != DistillConfig():
+            yield "distill.every=0 and distill.weight=0 distil nothing, and other settings of distill are set"
+        return
+    if not settings.prompts:
+        yield "distill.prompts is unset: distillation needs general prompts (a Parquet, JSON or text file)"
+    if settings.teacher is None and not config.lora.enabled:
+        yield "distill.teacher is unset, which takes the base under the adapter, and lora.enabled=false: name a teacher"
+    if settings.weight and config.algo == "pl":
+        yield f"distill.weight={settings.weight} is not for algo=pl, whose loss is that of rankings; take distill.every"
+    if settings.every == 1 and settings.weight:
+        yield f"distill.every=1 leaves no step of {config.algo} for distill.weight={settings.weight} to be mixed into"
+    if settings.every and config.rollout.max_staleness:
+        yield f"distill.every={settings.every} and rollout.max_staleness={config.rollout.max_staleness}: take one"
+    groups, prompts = config.rl.micro_batch_groups, config.rl.prompts_per_step
+    if groups >= 1 and settings.prompts_per_step % max(1, prompts // groups):
+        yield (
+            f"distill.prompts_per_step={settings.prompts_per_step} must be a multiple of the {prompts // groups} "
+            "micro-batches of a step (rl.prompts_per_step / rl.micro_batch_groups)"
+        )
 
 
 def _rewards(config: RunConfig) -> Iterator[str]:

@@ -268,6 +268,49 @@ class CriticConfig:
 
 
 @dataclass
+class DistillConfig:
+    """On-policy distillation (`python -m distill.train`): general ability comes back while the student writes text.
+
+    Args:
+        prompts: General prompts: a Parquet, JSON, JSON-lines or text file, or a folder of them.
+        teacher: Folder of the teacher; unset takes the student's own base, without its adapter.
+        every: Distil in every N-th step, and train by `algo` in the others; 1 distils only, 0 distils in no step of its
+            own.
+        weight: Weight of the texts' loss in the steps of `algo`; with 0 those steps have no texts.
+        prompts_per_step: Prompts of a step.
+        texts_per_prompt: Texts that the student writes after each.
+        max_tokens: Longest text.
+        max_prompt_tokens: Longest prompt; a longer one is a bad row.
+        passage_words: Words of a passage of a plain text, which the student continues.
+        temperature: Temperature at which texts are written and compared.
+        divergence: What is minimised; see `distill/losses.py`.
+        beta: Of jsd: weight of the teacher in the mixture, in (0, 1).
+        top_k: Of top_k: the teacher's likeliest tokens.
+        low: Of sampled: the lowest advantage.
+        high: Of sampled: the highest advantage.
+        item_tokens: An item token in a text ends what is compared; it is itself left out, or punished with the lowest
+            advantage.
+    """
+
+    prompts: str = ""
+    teacher: str | None = None
+    every: int = 0
+    weight: float = 0.0
+    prompts_per_step: int = 16
+    texts_per_prompt: int = 1
+    max_tokens: int = 64
+    max_prompt_tokens: int = 256
+    passage_words: int = 24
+    temperature: float = 1.0
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "top_k", "sampled"] = "reverse_kl"
+    beta: float = 0.5
+    top_k: int = 64
+    low: float = -30.0
+    high: float = 5.0
+    item_tokens: Literal["leave_out", "punish"] = "leave_out"
+
+
+@dataclass
 class LoraConfig:
     """LoRA through PEFT.
 
@@ -365,6 +408,7 @@ class RunConfig:
         rewards: Weighted list of rewards.
         rl: The policy update.
         critic: The critic of ppo.
+        distill: On-policy distillation.
         lora: LoRA through PEFT.
         eval: Evaluation before and after.
         ray: Where the processes live.
@@ -385,6 +429,7 @@ class RunConfig:
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
     rl: RLConfig = field(default_factory=RLConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     ray: RayConfig = field(default_factory=RayConfig)

@@ -60,6 +60,10 @@ class SharedVocabulary:
             raise ValueError(f"the student's output matrix has {student_size} rows, the teacher uses token {ids[-1]}")
         return cls(ids, student_size)
 
+    def without(self, tokens: np.ndarray) -> SharedVocabulary:
+        """The same less some tokens: items that the teacher happens to know too are no text all the same."""
+        return SharedVocabulary(np.setdiff1d(self.ids, tokens), self.student_size)
+
     @cached_property
     def stop(self) -> int:
         """One more than the largest shared id: the rows of an output matrix that are needed."""

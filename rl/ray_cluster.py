@@ -5,6 +5,7 @@ Ray reads its authentication mode when it is imported, so it is imported inside 
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import sys
@@ -53,23 +54,29 @@ class TrainWorker:
     def __init__(self) -> None:
         self._progress = Progress()
 
-    def run(self, config: RunConfig) -> dict[str, Any]:
-        """The whole run; returns its summary."""
+    def run(self, config: RunConfig, module: str) -> dict[str, Any]:
+        """The whole run, by the function `run` of a module; returns its summary."""
         import torch
 
-        from rl.train import run
         from rollout.engine import cpu_threads
 
+        run = importlib.import_module(module).run
+
         torch.set_num_threads(cpu_threads(config.rollout)[0])
-        return run(config, self._progress)
+        summary: dict[str, Any] = run(config, self._progress)
+        return summary
 
     def progress(self, seen: int) -> Snapshot:
         """What it is doing now."""
         return self._progress.snapshot(seen)
 
 
-def run_in_worker(config: RunConfig) -> dict[str, Any]:
+def run_in_worker(config: RunConfig, module: str) -> dict[str, Any]:
     """Train in a Ray worker and show its progress here; returns the run's summary.
+
+    Args:
+        config: the settings.
+        module: `rl.train`, or another whose `run` does what that one's does.
 
     Raises:
         whatever the run raised, as itself where it is an error of the user's settings or data.
@@ -88,7 +95,7 @@ def run_in_worker(config: RunConfig) -> dict[str, Any]:
         )
         .remote()
     )
-    done = worker.run.remote(config)
+    done = worker.run.remote(config, module)
     progress = worker.progress.options(concurrency_group="watch")
     try:
         with View() as view:

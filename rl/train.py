@@ -12,19 +12,37 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.load import parse_run
 from configs.load import save as save_config
 from configs.schema import RunConfig
 from rl.progress import Progress, console, fail_clearly
 
+if TYPE_CHECKING:
+    from rl.trl_trainer import SidTrainer
+
 
 def main(argv: list[str] | None = None) -> None:
     """Read the settings, then train in a Ray worker (or, with `--dry-run`, only check and tell)."""
-    config = parse_run(argv, prog="python -m rl.train")
+    launch(argv, "rl.train")
+
+
+def launch(argv: list[str] | None, module: str) -> None:
+    """What the command lines of `rl.train` and `distill.train` do.
+
+    Raises:
+        ValueError: when the settings ask for distillation and the module does none, or the other way round.
+    """
+    config = parse_run(argv, prog=f"python -m {module}")
+    distils = bool(config.distill.every or config.distill.weight)
+    if distils and module == "rl.train":
+        raise ValueError("distill.every, distill.weight: `python -m distill.train` takes these settings, and distils")
+    if module == "distill.train" and not distils:
+        raise ValueError("distill.every=0 and distill.weight=0: set distill.every=1 to distil in each step")
     folder = Path(
         config.output_dir or config.resume or f"runs/{config.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
     ).absolute()
@@ -41,12 +59,19 @@ def main(argv: list[str] | None = None) -> None:
     claim_folder(folder, config)
     with cluster(config.ray) as where:
         console.print(f"{where}; run folder {folder}", markup=False)
-        summary = run_in_worker(config)
+        summary = run_in_worker(config, module)
     show_summary(summary, folder)
 
 
-def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
+def run(
+    config: RunConfig, progress: Progress, trainer_of: Callable[[RunConfig], type[SidTrainer]] | None = None
+) -> dict[str, Any]:
     """The whole run, in the process that trains; returns what `summary.json` holds.
+
+    Args:
+        config: the settings.
+        progress: is told what happens.
+        trainer_of: the trainer of a configuration, that of its `algo` by default.
 
     Raises:
         ValueError: when settings, data, model and rewards do not fit each other (before any time is spent).
@@ -88,7 +113,7 @@ def run(config: RunConfig, progress: Progress) -> dict[str, Any]:
             if config.eval.before
             else None
         )
-        trainer = trainer_class(config)(
+        trainer = (trainer_of or trainer_class)(config)(
             policy, task, fleet, build_algorithm(config), config, recorder, folder / "checkpoints"
         )
         trainer.train_from(checkpoint)

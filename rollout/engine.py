@@ -107,4 +107,6 @@ def engine_spec(config: RunConfig, model_path: str | Path) -> EngineSpec:
     longest = config.data.max_prompt_tokens
     if config.thought.max_tokens:  # what opens and closes a thought has at most a token a byte, and the marks
         longest += config.thought.max_tokens + len((config.thought.open + config.thought.close).encode()) + 2
+    if config.distill.every or config.distill.weight:
+        longest = max(longest, config.distill.max_prompt_tokens + config.distill.max_tokens)
     return EngineSpec(kind, why, str(model_path), config.model, config.rollout, longest, rank)

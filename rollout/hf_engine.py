@@ -17,9 +17,10 @@ from rollout.output_layer import require_known_logits
 from rollout.search import beam, draw, draw_distinct, write
 from rollout.support import TorchTrie
 from rollout.thought import Text, generate
-from rollout.types import RolloutGroup, Sample, Sampling
+from rollout.types import Prompted, RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, require_fit, shapes_of
 
+P = TypeVar("P", bound=Prompted)
 T = TypeVar("T")
 
 
@@ -56,7 +57,7 @@ def open_policy(path: str | os.PathLike[str], settings: ModelConfig) -> PreTrain
     )
 
 
-def batches_by_length(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
+def batches_by_length(samples: Sequence[Prompted], size: int) -> Iterator[list[int]]:
     """Indices of the samples in batches of prompts of similar length, so that little is padding."""
     order = sorted(range(len(samples)), key=lambda index: len(samples[index].prompt_ids))
     for start in range(0, len(order), size):
@@ -85,11 +86,11 @@ class HFEngine:
         """Groups of items right after the prompts."""
         return self._in_batches(samples, lambda batch: self._batch(batch, sampling))
 
-    def write(self, samples: Sequence[Sample], sampling: Sampling, count: int) -> list[list[Text]]:
+    def write(self, samples: Sequence[Prompted], sampling: Sampling, count: int) -> list[list[Text]]:
         """`count` texts after each prompt."""
         return self._in_batches(samples, lambda batch: write(self.model, batch, sampling, count))
 
-    def _in_batches(self, samples: Sequence[Sample], work: Callable[[list[Sample]], list[T]]) -> list[T]:
+    def _in_batches(self, samples: Sequence[P], work: Callable[[list[P]], list[T]]) -> list[T]:
         results: dict[int, T] = {}
         was_training = self.model.training
         self.model.eval()

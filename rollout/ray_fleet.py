@@ -11,7 +11,8 @@ import ray
 
 from rollout.decode import Decoder
 from rollout.engine import EngineSpec, cpu_threads
-from rollout.types import RolloutGroup, Sample, Sampling
+from rollout.thought import Text
+from rollout.types import Prompted, RolloutGroup, Sample, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,10 @@ class EngineActor:
     def generate(self, samples: list[Sample], sampling: Sampling) -> list[RolloutGroup]:
         """One group per sample, in order."""
         return self.engine.generate(samples, sampling)
+
+    def write(self, prompts: list[Prompted], sampling: Sampling, count: int) -> tuple[int, list[list[Text]]]:
+        """Texts after prompts, and the version of the weights that wrote them."""
+        return self.engine.policy_version, self.engine.write(prompts, sampling, count)  # type: ignore[attr-defined]
 
     def serve(self, decoder: Decoder) -> int:
         """Change the catalogue; returns how many Sids it has."""
@@ -139,6 +144,23 @@ class Fleet:
                     f"rollouts of policy version {sorted(stale)} where version {pending.version} was asked for"
                 )
             yield groups
+
+    def write(self, prompts: Sequence[Prompted], sampling: Sampling, count: int) -> list[list[Text]]:
+        """`count` texts after each prompt (`sampling.thought` says how long and what ends them), in order.
+
+        Raises:
+            FleetError: when an engine fails, or answers with another policy version.
+        """
+        size = -(-len(prompts) // len(self.engines))
+        parts = [list(prompts[first : first + size]) for first in range(0, len(prompts), size or 1)]
+        calls = [engine.write.remote(part, sampling, count) for engine, part in zip(self.engines, parts, strict=False)]
+        texts: list[list[Text]] = []
+        for version, answer in self._all(calls, "write"):
+            self._verify_sync()
+            if version != self.version:
+                raise FleetError(f"texts of policy version {version} where version {self.version} was asked for")
+            texts += answer
+        return texts
 
     def sync(
         self, weights: Mapping[str, torch.Tensor] | Adapter, version: int, expected: str, *, wait: bool = True

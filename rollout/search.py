@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from rollout.support import TorchTrie, ban_
 from rollout.thought import Text
 from rollout.tree_decoder import TreeDecoder
-from rollout.types import Sample, Sampling
+from rollout.types import Prompted, Sample, Sampling
 from rollout.views import Views
 
 
-def sample_seed(seed: int, sample: Sample) -> int:
+def sample_seed(seed: int, sample: Prompted) -> int:
     """A 63-bit seed of one sample's draws: the same however the samples are ordered or spread over engines."""
-    digest = hashlib.blake2b(f"{seed}/{sample.record.source}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{sample.name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -296,7 +296,7 @@ def _expander(
 
 
 @torch.no_grad()
-def write(model: PreTrainedModel, samples: Sequence[Sample], sampling: Sampling, count: int) -> list[list[Text]]:
+def write(model: PreTrainedModel, samples: Sequence[Prompted], sampling: Sampling, count: int) -> list[list[Text]]:
     """`count` independent texts after each prompt; see `rollout.thought`."""
     thought, batch = sampling.thought, len(samples)
     assert thought is not None

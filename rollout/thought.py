@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from rollout.types import Rollout, RolloutGroup, Sample, Sampling, Thought
+from rollout.types import Prompted, Rollout, RolloutGroup, Sample, Sampling, Thought
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Writer(Protocol):
         """Items right after the prompts."""
         ...
 
-    def write(self, samples: Sequence[Sample], sampling: Sampling, count: int) -> list[list[Text]]:
+    def write(self, samples: Sequence[Prompted], sampling: Sampling, count: int) -> list[list[Text]]:
         """`count` texts after each prompt, up to `sampling.thought.max_tokens` tokens or one that ends it."""
         ...
 

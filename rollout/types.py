@@ -57,6 +57,20 @@ class Record:
         return item not in self.excluded and (self.candidates is None or item in self.candidates)
 
 
+class Prompted(Protocol):
+    """Anything that an engine can continue."""
+
+    @property
+    def name(self) -> str:
+        """Seeds its draws."""
+        ...
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Its tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sample:
     """A Record ready for an engine.
@@ -74,6 +88,11 @@ class Sample:
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise ValueError(f"{self.record.source}: the prompt is empty; an engine needs at least one token")
+
+    @property
+    def name(self) -> str:
+        """Where it was read."""
+        return self.record.source
 
     @property
     def targets(self) -> tuple[int, ...]:

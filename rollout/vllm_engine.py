@@ -19,7 +19,7 @@ from rollout.hf_engine import load_policy
 from rollout.search import distinct, likeliest, roots, sample_seed
 from rollout.support import TorchTrie
 from rollout.thought import Text, generate
-from rollout.types import RolloutGroup, Sample, Sampling
+from rollout.types import Prompted, RolloutGroup, Sample, Sampling
 from rollout.weights import checksum, merged_weights, require_fit, shapes_of, tied_head
 
 # In-process engine core: weights reach it without a second copy, and it dies with the actor that holds it.
@@ -129,7 +129,7 @@ class VLLMEngine:
         """One group per sample, in order."""
         return generate(self, samples, sampling)
 
-    def write(self, samples: Sequence[Sample], sampling: Sampling, count: int) -> list[list[Text]]:
+    def write(self, samples: Sequence[Prompted], sampling: Sampling, count: int) -> list[list[Text]]:
         """`count` texts after each prompt."""
         thought, greedy = sampling.thought, sampling.sampler == "greedy"
         assert thought is not None

@@ -240,6 +240,11 @@ class LocalFleet:
         half = len(pending) // 2
         yield from (part for part in (pending[:half], pending[half:]) if part)
 
+    def write(self, prompts: Sequence[Any], sampling: Sampling, count: int) -> list[list[Any]]:
+        self.calls.append(("write", self.version, sampling.seed))
+        texts: list[list[Any]] = self.engine.write(list(prompts), sampling, count)
+        return texts
+
     def sync(self, weights: Mapping[str, torch.Tensor], version: int, expected: str, *, wait: bool = True) -> None:
         self.calls.append(("sync", version))
         self.checksums[version] = self.engine.load_weights(dict(weights), version)
@@ -282,7 +287,11 @@ def make_run(make_config: MakeConfig, tmp_path: Path) -> MakeTrainer:
     count = iter(range(100))
 
     def make(
-        settings: Mapping[str, Any] | None = None, folder: Path | None = None, start_at: int = 0, fleet: Any = None
+        settings: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+        start_at: int = 0,
+        fleet: Any = None,
+        trainer_of: Any = None,
     ) -> Run:
         from rl.algorithms import build_algorithm
         from rl.progress import Progress
@@ -300,7 +309,7 @@ def make_run(make_config: MakeConfig, tmp_path: Path) -> MakeTrainer:
         fleet = fleet or LocalFleet(HFEngine(load_policy(path), task.decoder))
         recorder = Recorder(folder, task, Progress(), rollouts_every=config.output.rollouts_every)
         recorder.start_at(start_at)
-        trainer = trainer_class(config)(
+        trainer = (trainer_of or trainer_class)(config)(
             load_policy(path), task, fleet, build_algorithm(config), config, recorder, folder / "checkpoints"
         )
         return Run(trainer, fleet, recorder, folder, config)

@@ -16,7 +16,7 @@ from configs.schema import ModelConfig, RolloutConfig
 from rollout.decode import Decoder
 from rollout.engine import EngineSpec
 from rollout.hf_engine import HFEngine
-from rollout.types import RolloutGroup, Sample, Sampling
+from rollout.types import RolloutGroup, Sample, Sampling, Thought
 from rollout.weights import checksum, merged_weights
 from tests import oracle
 from tests.conftest import MAX_PROMPT, need_vllm
@@ -134,6 +134,17 @@ def test_groups_come_in_as_they_are_drawn(two: Fleet, tiny_samples: list[Sample]
         two.prompts_per_call = 0
     assert [len(part) for part in parts] == [3] * 8
     assert_same([group for part in parts for group in part], whole)
+
+
+def test_texts(two: Fleet, hf_engine: HFEngine, tiny_samples: list[Sample]) -> None:
+    """Free text after any prompt, the same by one engine as by two; items may be written, nothing is banned."""
+    sampling = Sampling(1, temperature=1.2, thought=Thought(7, end=5), seed=4)
+    texts = two.write(tiny_samples[:7], sampling, 3)
+    assert [len(of_prompt) for of_prompt in texts] == [3] * 7
+    alone = hf_engine.write(tiny_samples[:7], sampling, 3)
+    assert [[text.token_ids for text in one] for one in texts] == [[text.token_ids for text in one] for one in alone]
+    assert all(1 <= len(text.token_ids) == len(text.logps) <= 7 for one in texts for text in one)
+    assert len({text.token_ids for one in texts for text in one}) > 15
 
 
 def test_calls_are_of_the_version_they_were_made_at(
