@@ -345,6 +345,9 @@ class EvalConfig:
         batch_prompts: Prompts computed at once.
         bootstrap: Resamples of the 95 % intervals.
         unconstrained_samples: Rows on which the policy writes one item without the trie, to see how many are legal.
+        general: General prompts with answers, a file or folder as `distill.prompts`: every evaluation also tells their
+            perplexity and the share of answers met to the letter, so that forgetting shows. Empty tells nothing.
+        general_words: Words of a passage of a plain text there; the second half of each is judged.
     """
 
     split: Literal["valid", "test"] = "test"
@@ -356,6 +359,8 @@ class EvalConfig:
     batch_prompts: int = 64
     bootstrap: int = 1000
     unconstrained_samples: int = 512
+    general: str = ""
+    general_words: int = 48
 
 
 @dataclass

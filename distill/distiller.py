@@ -13,11 +13,11 @@ import torch
 from transformers import AutoTokenizer
 
 from configs.schema import RunConfig
-from distill.data import TextPrompt, read_general, tokenise_general
 from distill.losses import Divergence
 from distill.scoring import Teacher, TextLoss, text_loss
 from distill.vocabulary import SharedVocabulary, text_before_items
 from rl.batch import Batch, pad_rows
+from rl.general import General, TextPrompt, read_general, tokenise_general
 from rl.task import Task, refuse_bad_rows
 from rollout.hf_engine import open_policy
 from rollout.ray_fleet import Fleet
@@ -52,6 +52,7 @@ class Distiller:
             tokenizer = AutoTokenizer.from_pretrained(self.settings.teacher)
         items = np.concatenate([np.arange(first, stop) for first, stop in task.decoder.sid_tokens])
         self.shared = SharedVocabulary.of(task.tokenizer, tokenizer, student_size, size).without(items)
+        self.banned = task.decoder.sid_tokens
         self.divergence = Divergence(
             self.settings.divergence, self.settings.beta, self.settings.top_k, self.settings.low, self.settings.high
         )
@@ -110,7 +111,8 @@ class Distiller:
         path = Path(self.settings.prompts)
         found, problems = read_general(path, self.settings.passage_words)
         refuse_bad_rows(problems, self.config, path)
-        ready, problems = tokenise_general(found, self.tokenizer, self.shared, self.settings.max_prompt_tokens)
+        asked = [General(one.name, one.prompt) for one in found]
+        ready, problems = tokenise_general(asked, self.tokenizer, self.settings.max_prompt_tokens, self.banned)
         refuse_bad_rows(problems, self.config, path)
         if len(ready) < self.settings.prompts_per_step:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from configs.load import parse_run
 from configs.schema import RunConfig
+from rl.ability import general_ability
 from rl.batch import BatchScorer
 from rl.cache import write_json
 from rl.candidates import rank_candidates
@@ -36,17 +37,20 @@ class Evaluation:
         legal_rate: share of listed items that are in the catalogue (1.0: the trie allows nothing else).
         unconstrained_legal: share of legal items when the policy writes without the trie.
         seconds: how long it took.
+        general: perplexity and exact answers on `eval.general`, empty without it.
     """
 
     result: EvalResult
     legal_rate: float
     unconstrained_legal: float
     seconds: float
+    general: dict[str, float] = field(default_factory=dict)
 
     def flat(self) -> dict[str, float]:
         """Flat keys for `summary.json`."""
         return {
             **self.result.values,
+            **self.general,
             "legal_rate": self.legal_rate,
             "unconstrained_legal": self.unconstrained_legal,
             "rows": self.result.rows,
@@ -99,6 +103,9 @@ def evaluate(
         float((listed >= 0).mean()),
         float(np.mean(legal)) if legal else float("nan"),
         time.perf_counter() - start,
+        general_ability(model, task.general, task.tokenizer.pad_token_id, settings.batch_prompts)
+        if task.general
+        else {},
     )
 
 
@@ -137,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         model = open_policy(path, config.model)
         evaluation = evaluate(model, task, config, config.eval.split, progress)
     console.print(table(None, evaluation.result))
+    if evaluation.general:
+        console.print(", ".join(f"{name} {value:.4g}" for name, value in evaluation.general.items()))
     console.print(
         f"{evaluation.result.rows} rows of {config.eval.split} in {evaluation.seconds:.1f} s; legal items: "
         f"{evaluation.legal_rate:.1%} with the trie, {evaluation.unconstrained_legal:.1%} without it"

@@ -100,7 +100,9 @@ def show_summary(summary: dict[str, Any], folder: Path) -> None:
         for key in ("before", "after")
     )
     if before or after:
-        console.print(table(before, after, [*BAR_METRICS, "mrr", "coverage@10", "diversity@10", "unconstrained_legal"]))
+        general = [key for key in (after or before).values if key.startswith("general/")]  # type: ignore[union-attr]
+        more = ["mrr", "coverage@10", "diversity@10", "unconstrained_legal", *general]
+        console.print(table(before, after, [*BAR_METRICS, *more]))
     console.print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, legal rate {summary['legal_rate']:.4f}, "
         f"engine {summary['engine']}"

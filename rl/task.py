@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from configs.schema import RunConfig
 from rewards.runner import RewardSet
 from rl.cache import files_fingerprint, make_once
+from rl.general import TextPrompt, read_general, tokenise_general
 from rl.thoughts import thinks, thought_of
 from rollout.data.native import write_world
 from rollout.data.problems import DataError, Problem
@@ -38,6 +39,7 @@ class Task:
         rewards: the rewards, built and tried.
         skipped: bad rows that were left out.
         completion_tokens: tokens of the longest completion.
+        general: general prompts with answers that evaluations look at (`eval.general`).
         thought: how free text before the items is written, if at all.
     """
 
@@ -49,6 +51,7 @@ class Task:
     skipped: int
     completion_tokens: int
     thought: Thought | None = None
+    general: tuple[TextPrompt, ...] = ()
 
 
 def data_folder(config: RunConfig, say: Say) -> Path:
@@ -227,7 +230,26 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
             f"rl.prompts_per_step={config.rl.prompts_per_step}, but RL has only {len(samples['train'])} training rows "
             f"(data.rl_users={config.data.rl_users})"
         )
-    return Task(model_path, tokenizer, decoder, samples, rewards, skipped, completion, thought)
+    general = general_rows(config, tokenizer, decoder)
+    return Task(model_path, tokenizer, decoder, samples, rewards, skipped, completion, thought, general)
+
+
+def general_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, decoder: Decoder) -> tuple[TextPrompt, ...]:
+    """What `eval.general` holds.
+
+    Raises:
+        DataError: when nothing can be read there, rows are bad (`data.on_bad_rows`), or none has an answer.
+    """
+    if not config.eval.general:
+        return ()
+    path = Path(config.eval.general)
+    found, problems = read_general(path, config.eval.general_words)
+    refuse_bad_rows(problems, config, path)
+    rows, problems = tokenise_general(found, tokenizer, config.data.max_prompt_tokens, decoder.sid_tokens)
+    refuse_bad_rows(problems, config, path)
+    if not any(row.answer_ids for row in rows):
+        raise DataError(f"eval.general={path}: no row has an answer to judge the policy by")
+    return tuple(rows)
 
 
 def _counts(world: World) -> str:

@@ -15,6 +15,7 @@ from rl.evaluate import Evaluation, evaluate
 from rl.metrics import evaluate_lists
 from rl.progress import Progress
 from rl.task import Task, prepare_task
+from rollout.data.problems import DataError
 from rollout.data.world import World
 from rollout.hf_engine import load_policy
 from rollout.types import Sample
@@ -116,6 +117,23 @@ def test_unconstrained_counts_what_a_free_policy_writes(
             model.lm_head.weight[then] = direction
     evaluation = evaluate(model, task, config, "test", Progress())
     assert evaluation.unconstrained_legal == 1.0
+
+
+def test_general_text_is_looked_at_too(
+    make_config: MakeConfig, make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    """With `eval.general` its perplexity and exact answers stand among the metrics; rows without answers are refused."""
+    (tmp_path / "general.json").write_text(
+        json.dumps([{"prompt": "copy ab: ", "answer": "ab"}, {"prompt": "only this"}])
+    )
+    config = make_config({"eval.general": str(tmp_path / "general.json")})
+    task = prepare_task(config, world, make_policy(), lambda _: None)
+    assert [bool(row.answer_ids) for row in task.general] == [True, False]
+    flat = evaluate(load_policy(task.model_path), task, config, "test", Progress()).flat()
+    assert flat["general/perplexity"] > 1 and flat["general/exact"] in (0.0, 1.0)
+    (tmp_path / "general.json").write_text(json.dumps([{"prompt": "only this"}]))
+    with pytest.raises(DataError, match="no row has an answer to judge the policy by"):
+        prepare_task(config, world, make_policy(), lambda _: None)
 
 
 def test_the_model_is_left_in_its_mode(make_config: MakeConfig, task: Task) -> None:

@@ -1,8 +1,8 @@
-"""General prompts: what the student answers, without items, while the teacher looks on.
+"""General text: prompts to answer, and answers to judge a policy by.
 
-Read from Parquet, JSON, JSON lines and plain text, one file or a folder of them. A row is a chat (`messages`, without
-the assistant's last answer), a `prompt`, or an `instruction` with an optional `input`; a plain text is cut into
-passages that are to be continued.
+Read from Parquet, JSON, JSON lines and plain text, one file or a folder of them. A row is a chat (`messages`; the
+assistant's last one is the answer), a `prompt`, or an `instruction` with an optional `input`; `answer` or `output`
+holds the answer. A plain text is cut into passages; the second half of each is the answer to the first.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from distill.vocabulary import SharedVocabulary
 from rollout.data.problems import BadRow, DataError, Problem, short
 from rollout.data.rows import chat_messages
 from rollout.types import Message
 
+PASSAGE = "passage of a running text"
 ENDINGS = (".parquet", ".json", ".jsonl", ".txt")
 
 
@@ -32,10 +32,14 @@ class General:
     Attributes:
         name: where it was read, such as `instructions.json:3`.
         prompt: text, or chat messages.
+        answer: what should follow, "" where the row does not say.
+        passage: it is half of a running text, which nobody can be expected to go on with to the letter.
     """
 
     name: str
     prompt: str | tuple[Message, ...]
+    answer: str = ""
+    passage: bool = False
 
 
 def read_general(path: Path, passage_words: int) -> tuple[list[General], list[Problem]]:
@@ -57,7 +61,7 @@ def read_general(path: Path, passage_words: int) -> tuple[list[General], list[Pr
     for file in files:
         for number, row in _rows(file, passage_words):
             try:
-                prompts.append(General(f"{file.name}:{number}", _prompt(row)))
+                prompts.append(_general(f"{file.name}:{number}", row))
             except BadRow as bad:
                 problems.append(Problem(file.name, number, bad.why, bad.detail))
     return prompts, problems
@@ -69,41 +73,48 @@ class TextPrompt:
 
     Attributes:
         name: seeds its draws.
-        prompt_ids: its tokens, all of the shared vocabulary.
+        prompt_ids: its tokens.
+        answer_ids: tokens of the answer and the end of text; empty where there is none.
+        exact: whether the answer is to be met to the letter.
     """
 
     name: str
     prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...] = ()
+    exact: bool = False
 
 
 def tokenise_general(
     prompts: Sequence[General],
     tokenizer: PreTrainedTokenizerBase,
-    shared: SharedVocabulary,
     max_tokens: int,
+    banned: Sequence[tuple[int, int]] = (),
 ) -> tuple[list[TextPrompt], list[Problem]]:
-    """Token ids of prompts; those that are too long, empty, or hold item tokens are told and left out.
+    """Token ids of prompts and answers; rows too long, empty, or with banned tokens (items) are told and left out.
 
     Chats go through the tokenizer's chat template; a tokenizer without one writes the messages under each other.
     """
     ready, problems = [], []
     for one in prompts:
         text, special = _written(one.prompt, tokenizer)
-        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
         while special and ids and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
+            ids.pop()
+        answer = list(tokenizer(one.answer, add_special_tokens=False)["input_ids"]) if one.answer else []
+        if answer and not one.passage and tokenizer.eos_token_id is not None:
+            answer.append(tokenizer.eos_token_id)
         file, _, row = one.name.rpartition(":")
-        outside = set(ids) - set(shared.ids.tolist())
+        outside = sorted({token for token in (*ids, *answer) if any(a <= token < b for a, b in banned)})
         if not ids:
             problems.append(Problem(file, row, "empty-prompt", "the prompt has no token"))
         elif outside:
-            tokens = tokenizer.convert_ids_to_tokens(sorted(outside)[:3])
-            problems.append(Problem(file, row, "item-token", f"the teacher has no token for {short(tokens)}"))
-        elif len(ids) > max_tokens:
-            detail = f"the prompt has {len(ids)} tokens, distill.max_prompt_tokens is {max_tokens}"
+            detail = f"tokens of items in general text: {short(tokenizer.convert_ids_to_tokens(outside[:3]))}"
+            problems.append(Problem(file, row, "item-token", detail))
+        elif len(ids) + len(answer) > max_tokens:
+            detail = f"{len(ids)} tokens of prompt and {len(answer)} of answer, at most {max_tokens} together"
             problems.append(Problem(file, row, "prompt-too-long", detail))
         else:
-            ready.append(TextPrompt(one.name, tuple(ids)))
+            ready.append(TextPrompt(one.name, tuple(ids), tuple(answer), bool(answer) and not one.passage))
     return ready, problems
 
 
@@ -115,15 +126,18 @@ def _written(prompt: str | tuple[Message, ...], tokenizer: PreTrainedTokenizerBa
     return "\n".join(message["content"] for message in prompt) + "\n", True
 
 
-def _prompt(row: Any) -> str | tuple[Message, ...]:
+def _general(name: str, row: Any) -> General:
     if not isinstance(row, dict):
         raise BadRow("wrong-type", f"a row must be an object, got {short(row)}")
+    answer = row.get("answer") if row.get("answer") is not None else row.get("output")
+    if answer is not None and not isinstance(answer, str):
+        raise BadRow("wrong-type", f"the answer must be a text, got {short(answer)}")
     if row.get("messages") is not None:
         messages = chat_messages(row["messages"])
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if not asked:
             raise BadRow("missing-field", "the chat holds an answer and no question")
-        return asked
+        return General(name, asked, messages[-1]["content"] if len(asked) < len(messages) else answer or "")
     text = row.get("prompt")
     if text is None and row.get("instruction") is not None:
         text = "\n".join(part for part in (row["instruction"], row.get("input")) if part) + "\n"
@@ -131,7 +145,7 @@ def _prompt(row: Any) -> str | tuple[Message, ...]:
         raise BadRow("missing-field", "neither messages, prompt nor instruction")
     if not isinstance(text, str) or not text.strip():
         raise BadRow("wrong-type", f"the prompt must be a text that is not empty, got {short(text)}")
-    return text
+    return General(name, text, answer or "", bool(row.get(PASSAGE)))
 
 
 def _rows(file: Path, passage_words: int) -> Iterator[tuple[int, Any]]:
@@ -151,7 +165,10 @@ def _passages(file: Path, words: int) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_text(file).splitlines(), 1):
         parts = line.split()
         for start in range(0, len(parts), words):
-            yield number, {"prompt": " ".join(parts[start : start + words])}
+            passage = parts[start : start + words]
+            half = (len(passage) + 1) // 2
+            rest = " ".join(["", *passage[half:]])
+            yield number, {"prompt": " ".join(passage[:half]), "answer": rest, PASSAGE: True}
 
 
 def _table(file: Path) -> Iterator[tuple[int, Any]]:
