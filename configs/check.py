@@ -126,7 +126,7 @@ RANGES: dict[str, Range] = {
     "distill.temperature": POSITIVE,
     "distill.beta": Range(0, 1, low_open=True, high_open=True),
     "distill.top_k": COUNT,
-    "distill.low": Range(-1e6, 0),
+    "distill.low": NOT_NEGATIVE,
     "distill.high": NOT_NEGATIVE,
     "lora.r": COUNT,
     "lora.alpha": COUNT,

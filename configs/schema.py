@@ -286,7 +286,7 @@ class DistillConfig:
         divergence: What is minimised; see `distill/losses.py`.
         beta: Of jsd: weight of the teacher in the mixture, in (0, 1).
         top_k: Of top_k: the teacher's likeliest tokens.
-        low: Of sampled: the lowest advantage.
+        low: Of sampled: advantages are clamped to [-low, high].
         high: Of sampled: the highest advantage.
         item_tokens: An item token in a text ends what is compared; it is itself left out, or punished with the lowest
             advantage.
@@ -305,7 +305,7 @@ class DistillConfig:
     divergence: Literal["reverse_kl", "forward_kl", "jsd", "top_k", "sampled"] = "reverse_kl"
     beta: float = 0.5
     top_k: int = 64
-    low: float = -30.0
+    low: float = 30.0
     high: float = 5.0
     item_tokens: Literal["leave_out", "punish"] = "leave_out"
 

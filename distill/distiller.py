@@ -54,7 +54,7 @@ class Distiller:
         self.shared = SharedVocabulary.of(task.tokenizer, tokenizer, student_size, size).without(items)
         self.banned = task.decoder.sid_tokens
         self.divergence = Divergence(
-            self.settings.divergence, self.settings.beta, self.settings.top_k, self.settings.low, self.settings.high
+            self.settings.divergence, self.settings.beta, self.settings.top_k, -self.settings.low, self.settings.high
         )
         self.prompts = self._prompts()
         eos = task.tokenizer.eos_token_id

@@ -122,10 +122,9 @@ def test_unconstrained_counts_what_a_free_policy_writes(
 def test_general_text_is_looked_at_too(
     make_config: MakeConfig, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """With `eval.general` its perplexity and exact answers stand among the metrics; rows without answers are refused."""
-    (tmp_path / "general.json").write_text(
-        json.dumps([{"prompt": "copy ab: ", "answer": "ab"}, {"prompt": "only this"}])
-    )
+    """With `eval.general` its perplexity and exact answers stand among the metrics; without an answer it is refused."""
+    rows = [{"prompt": "copy ab: ", "answer": "ab"}, {"prompt": "only this"}]
+    (tmp_path / "general.json").write_text(json.dumps(rows))
     config = make_config({"eval.general": str(tmp_path / "general.json")})
     task = prepare_task(config, world, make_policy(), lambda _: None)
     assert [bool(row.answer_ids) for row in task.general] == [True, False]
