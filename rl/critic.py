@@ -12,7 +12,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from configs.schema import CriticConfig
+from configs.update import CriticConfig
 from rl.batch import Batch
 from rl.scoring import TokenScores, hidden_states
 from rl.tiny import build_model

@@ -26,7 +26,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from configs.schema import ModelConfig, OutputConfig, RayConfig, RewardConfig, RLConfig, RolloutConfig, RunConfig
+from configs.schema import ModelConfig, OutputConfig, RayConfig, RewardConfig, RolloutConfig, RunConfig
+from configs.update import RLConfig
 from rewards.runner import RewardSet
 from rl.algorithms import build_algorithm
 from rl.progress import Progress

@@ -29,7 +29,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from configs.schema import LoraConfig, RLConfig, RolloutConfig, RunConfig
+from configs.schema import RolloutConfig, RunConfig
+from configs.update import LoraConfig, RLConfig
 from rewards.runner import RewardSet
 from rl.algorithms import build_algorithm
 from rl.progress import Progress

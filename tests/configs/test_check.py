@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from configs import passthrough
-from configs.check import METRIC_SCHEDULES, RANGES, SCHEDULES, ConfigError, Range, check
+from configs.check import METRIC_SCHEDULES, SCHEDULES, ConfigError, check
 from configs.keys import leaf_types, sections, suggestion
 from configs.load import read_run
+from configs.ranges import RANGES, Range
 from configs.schema import RewardConfig, RunConfig
 
 

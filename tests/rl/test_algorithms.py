@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from configs.schema import RLConfig, RunConfig
+from configs.schema import RunConfig
+from configs.update import RLConfig
 from rl.algorithms import EPSILON, Algorithm, build_algorithm, without_signal
 
 # Means 2, 0.25, 5; standard deviations (n - 1): sqrt(8/3), 0.5, 0.
