@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -19,6 +19,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from configs.schema import WarmupConfig
+from rl.general import TextPrompt
 from rollout.decode import Decoder
 from rollout.types import Sample
 
@@ -34,6 +35,16 @@ def next_item_rows(samples: list[Sample], decoder: Decoder) -> Dataset:
             rows["input_ids"].append([*sample.prompt_ids, *path])
             rows["labels"].append([IGNORED] * len(sample.prompt_ids) + path)
     return Dataset.from_dict(rows)
+
+
+def answer_rows(general: Sequence[TextPrompt]) -> Dataset:
+    """One row per general prompt: without loss on the prompt, with loss on its answer."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [[*row.prompt_ids, *row.answer_ids] for row in general],
+            "labels": [[IGNORED] * len(row.prompt_ids) + list(row.answer_ids) for row in general],
+        }
+    )
 
 
 class _Report(TrainerCallback):
@@ -62,6 +73,7 @@ def sft(
     *,
     seed: int,
     report: Callable[[int, int, dict[str, float]], None],
+    general: Sequence[TextPrompt] = (),
 ) -> PreTrainedModel:
     """Train on next items; the model with the lowest loss on valid is returned.
 
@@ -75,8 +87,11 @@ def sft(
         folder: scratch folder for checkpoints.
         seed: order of the rows, dropout.
         report: called with (step, steps, logs) as it goes.
+        general: general prompts whose answers are learned too, mixed in.
     """
     rows = next_item_rows(train, decoder)
+    if general:
+        rows = concatenate_datasets([rows, answer_rows(general)])
     steps_per_epoch = -(-len(rows) // config.batch_size)
     every = max(1, steps_per_epoch // config.evals_per_epoch)
     if config.max_steps:

@@ -1,0 +1,129 @@
+"""What RL costs in general ability, and what distillation wins back: the table and picture of `docs/results.md`.
+
+    python -m examples.distill --seeds 0 1 2 --jobs 3
+
+A small policy is trained on items and on general tasks together, then post-trained by RL on the demo world's
+recommendations alone, then distilled from what it was before RL, on the training prompts of the general tasks. Held-out
+general tasks and recommendations are measured at all three points. Finished stages are read again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.distill.tasks import write_tasks
+from rl.progress import console, fail_clearly
+
+CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
+KEYS = ("general/exact", "general/perplexity", "hr@10", "ndcg@10", "hr@1")
+POINTS = ("before RL", "after RL", "after distillation")
+
+
+def main() -> None:
+    """Run what is missing, print the table, draw the picture."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, which share the CPUs")
+    parser.add_argument("--folder", type=Path, default=Path("runs/distill"))
+    parser.add_argument("--steps", type=int, default=150, help="steps of RL")
+    parser.add_argument("--distill-steps", type=int, default=100)
+    known, options = parser.parse_known_args()
+
+    def one(seed: int) -> list[dict[str, Any]]:
+        return run(known.folder / f"seed{seed}", seed, known, options)
+
+    with ThreadPoolExecutor(known.jobs) as pool:
+        results = list(pool.map(one, known.seeds))
+    print(table(results))
+    draw(results, known.folder / "distill.png")
+
+
+def run(folder: Path, seed: int, known: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
+    """Metrics of one seed at the three points."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = write_tasks(folder, seed)
+    threads = max(1, (os.cpu_count() or 1) // known.jobs)
+    policy = folder / "policy"
+    if not (policy / "config.json").exists():
+        call(folder, threads, "examples.distill.cotrain", [str(policy), str(train), str(seed)])
+    common = ["--config", str(CONFIG), f"--seed={seed}", f"--eval.general={test}", *options]
+    rl, distilled = folder / "rl", folder / "distilled"
+    if not (rl / "summary.json").exists():
+        more = [f"--model.path={policy}", f"--rl.steps={known.steps}", "--output.merged_model=true"]
+        call(folder, threads, "rl.train", [*common, *more, f"--output_dir={rl}"])
+    if not (distilled / "summary.json").exists():
+        more = [
+            f"--model.path={rl / 'merged'}",
+            f"--distill.teacher={policy}",
+            f"--distill.prompts={train}",
+            "--distill.every=1",
+            "--distill.prompts_per_step=64",
+            "--distill.max_tokens=12",
+            f"--rl.steps={known.distill_steps}",
+            "--eval.before=false",
+        ]
+        call(folder, threads, "distill.train", [*common, *more, f"--output_dir={distilled}"])
+    first, last = (json.loads((path / "summary.json").read_text()) for path in (rl, distilled))
+    return [first["before"], first["after"], last["after"]]
+
+
+def call(folder: Path, threads: int, module: str, options: list[str]) -> None:
+    """Run a module; what it prints goes to `log.txt`.
+
+    Raises:
+        ValueError: when it failed.
+    """
+    with (folder / "log.txt").open("a") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([sys.executable, "-m", module, *options], stdout=log, stderr=log, env=environment)
+    if done.returncode:
+        raise ValueError(f"{module} failed; the end of {folder / 'log.txt'} says why")
+    console.print(f"{folder}: {module} done", markup=False)
+
+
+def table(results: list[list[dict[str, Any]]]) -> str:
+    """Means over seeds at each point, and what distillation won back and kept."""
+    lines = ["| | " + " | ".join(KEYS) + " |", "| --- |" + " ---: |" * len(KEYS)]
+    for index, point in enumerate(POINTS):
+        means = [np.mean([result[index][key] for result in results]) for key in KEYS]
+        lines.append(f"| {point} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+    for seed, (before, after, last) in enumerate(results):
+        lost = before["general/exact"] - after["general/exact"]
+        back = (last["general/exact"] - after["general/exact"]) / lost if lost > 0 else float("nan")
+        kept = [last[key] / after[key] for key in ("hr@10", "ndcg@10")]
+        kept_text = f"kept {kept[0]:.1%} of HR@10 and {kept[1]:.1%} of NDCG@10"
+        lines.append(f"- seed {seed}: exact answers lost {lost:.3f}, won back {back:.0%} of it; {kept_text}")
+    return "\n".join(lines)
+
+
+def draw(results: list[list[dict[str, Any]]], out: Path) -> None:
+    """General ability against NDCG@10, a line a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for seed, points in enumerate(results):
+        xs, ys = ([point[key] for point in points] for key in ("ndcg@10", "general/exact"))
+        axes.plot(xs, ys, color="0.7", zorder=1)
+        for x, y, marker, name in zip(xs, ys, "osD", POINTS, strict=True):
+            axes.scatter(x, y, marker=marker, s=60, zorder=2, label=name if seed == 0 else None)
+    axes.set(xlabel="NDCG@10 of the recommendations", ylabel="general answers met to the letter", ylim=(0, 1.02))
+    axes.legend()
+    figure.savefig(out, format="png")
+    console.print(f"drew {out}", markup=False)
+
+
+if __name__ == "__main__":
+    with fail_clearly():
+        main()
