@@ -179,7 +179,12 @@ def _distill(config: RunConfig) -> Iterator[str]:
         return
     if not settings.prompts:
         yield "distill.prompts is unset: distillation needs general prompts (a Parquet, JSON or text file)"
-    if settings.teacher is None and not config.lora.enabled:
+    if settings.teachers and settings.divergence not in ("top_k", "sampled"):
+        yield (
+            f"distill.divergence={settings.divergence} needs the teacher's whole distribution, which "
+            f"distill.teachers={settings.teachers} processes do not send: take top_k or sampled, or distill.teachers=0"
+        )
+    if settings.teacher is None and not config.lora.enabled and not settings.teachers:
         yield "distill.teacher is unset, which takes the base under the adapter, and lora.enabled=false: name a teacher"
     if settings.weight and config.algo == "pl":
         yield f"distill.weight={settings.weight} is not for algo=pl, whose loss is that of rankings; take distill.every"

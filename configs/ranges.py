@@ -98,6 +98,8 @@ RANGES: dict[str, Range] = {
     "critic.layers": COUNT,
     "critic.heads": COUNT,
     "distill.every": NOT_NEGATIVE,
+    "distill.teachers": NOT_NEGATIVE,
+    "distill.gpus_per_teacher": GPUS,
     "distill.weight": NOT_NEGATIVE,
     "distill.prompts_per_step": COUNT,
     "distill.texts_per_prompt": COUNT,

@@ -105,6 +105,10 @@ class DistillConfig:
     Args:
         prompts: General prompts: a Parquet, JSON, JSON-lines or text file, or a folder of them.
         teacher: Folder of the teacher; unset takes the student's own base, without its adapter.
+        teachers: Processes (Ray actors) of the teacher, of the kind of `rollout.engine`: they score texts while others
+            are written, and give `divergence` top_k and sampled what they need. 0 computes the teacher beside the
+            student, for every divergence.
+        gpus_per_teacher: GPUs of a teacher's process; -1 takes its share of what the cluster has.
         every: Distil in every N-th step, and train by `algo` in the others; 1 distils only, 0 distils in no step of its
             own.
         weight: Weight of the texts' loss in the steps of `algo`; with 0 those steps have no texts.
@@ -125,6 +129,8 @@ class DistillConfig:
 
     prompts: str = ""
     teacher: str | None = None
+    teachers: int = 0
+    gpus_per_teacher: float = -1.0
     every: int = 0
     weight: float = 0.0
     prompts_per_step: int = 16

@@ -5,16 +5,19 @@ Axes: B rows, P prompt positions, T text tokens.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from configs.schema import RunConfig
 from distill.losses import Divergence
-from distill.scoring import Teacher, TextLoss, text_loss
+from distill.ray_teachers import Teachers
+from distill.scoring import Teacher, TextLoss, Told, text_loss
 from distill.vocabulary import SharedVocabulary, text_before_items
 from rl.batch import Batch, pad_rows
 from rl.general import General, TextPrompt, read_general, tokenise_general
@@ -25,6 +28,21 @@ from rollout.types import Sampling, Thought
 
 PREFIX = "text_"
 """Of the names of a batch's tensors that belong to texts."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Texts of a step.
+
+    Attributes:
+        prompts: tokens of each prompt.
+        texts: tokens of each text after each.
+        calls: what teachers in processes of their own have been asked.
+    """
+
+    prompts: list[tuple[int, ...]]
+    texts: list[list[tuple[int, ...]]]
+    calls: list[Any]
 
 
 class Distiller:
@@ -43,14 +61,11 @@ class Distiller:
 
     def __init__(self, config: RunConfig, task: Task, policy: torch.nn.Module, device: torch.device) -> None:
         self.settings, self.config, self.tokenizer = config.distill, config, task.tokenizer
+        path = Path(self.settings.teacher or task.model_path)
+        size = AutoConfig.from_pretrained(path).get_text_config().vocab_size
         student_size = policy.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        if self.settings.teacher is None:
-            self.teacher, tokenizer, size = Teacher.base_of(policy), task.tokenizer, student_size  # type: ignore[arg-type]
-        else:
-            model = open_policy(self.settings.teacher, config.model).to(device)
-            self.teacher, size = Teacher.of(model), model.config.get_text_config().vocab_size
-            tokenizer = AutoTokenizer.from_pretrained(self.settings.teacher)
         items = np.concatenate([np.arange(first, stop) for first, stop in task.decoder.sid_tokens])
+        tokenizer = AutoTokenizer.from_pretrained(path)
         self.shared = SharedVocabulary.of(task.tokenizer, tokenizer, student_size, size).without(items)
         self.banned = task.decoder.sid_tokens
         self.divergence = Divergence(
@@ -61,25 +76,42 @@ class Distiller:
         self.sampling = Sampling(
             1, temperature=self.settings.temperature, thought=Thought(self.settings.max_tokens, int(eos))
         )
+        self.teacher: Teacher | None = None
+        self.teachers: Teachers | None = None
+        if self.settings.teachers:
+            self.teachers = Teachers(path, config, self.shared)
+        elif self.settings.teacher is None:
+            self.teacher = Teacher.base_of(policy)  # type: ignore[arg-type]
+        else:
+            self.teacher = Teacher.of(open_policy(path, config.model).to(device))
 
-    def batch(self, fleet: Fleet, step: int, seed: int) -> Batch:
-        """Texts of a step, written by the fleet's current weights.
+    def write(self, fleet: Fleet, step: int, seed: int) -> Written:
+        """Texts of a step, written by the fleet's current weights; teachers in processes of their own are asked.
 
-        `text_ids` and `text_mask` [B, P + T], `text_length` T and `text_counted`, the tokens that the loss is a mean
-        of. Texts of one prompt stand beside each other. The prompts of a step are drawn from its seed alone.
+        The prompts of a step are drawn from its seed alone.
         """
         rng = np.random.default_rng([self.config.seed, step, 3])
         chosen = [self.prompts[row] for row in rng.permutation(len(self.prompts))[: self.settings.prompts_per_step]]
-        sampling = Sampling(1, temperature=self.sampling.temperature, thought=self.sampling.thought, seed=seed)
-        texts = fleet.write(chosen, sampling, self.settings.texts_per_prompt)
-        rows = [
-            (prompt.prompt_ids, text.token_ids) for prompt, some in zip(chosen, texts, strict=True) for text in some
-        ]
+        sampling = replace(self.sampling, seed=seed)
+        texts: list[list[tuple[int, ...]]] = []
+        calls: list[Any] = []
+        for some in fleet.write(chosen, sampling, self.settings.texts_per_prompt, parts=2 if self.teachers else 1):
+            told = [[text.token_ids for text in of_prompt] for of_prompt in some]
+            if self.teachers:
+                asked = [prompt.prompt_ids for prompt in chosen[len(texts) : len(texts) + len(told)]]
+                calls += self.teachers.ask(asked, [[self._readable(text) for text in texts] for texts in told])
+            texts += told
+        return Written([prompt.prompt_ids for prompt in chosen], texts, calls)
+
+    def batch(self, written: Written) -> Batch:
+        """Tensors of texts, those of one prompt beside each other.
+
+        `text_ids` and `text_mask` [B, P + T], `text_length` T and `text_counted`, the tokens that the loss is a mean
+        of; from teachers in processes of their own `text_columns` and `text_logps` [B, T, K], `text_written` [B, T].
+        """
+        rows = [(prompt, text) for prompt, texts in zip(written.prompts, written.texts, strict=True) for text in texts]
         pad = self.tokenizer.pad_token_id
-        parts = [
-            pad_rows([prompt for prompt, _ in rows], pad, left=True),
-            pad_rows([text for _, text in rows], pad),
-        ]
+        parts = [pad_rows([prompt for prompt, _ in rows], pad, left=True), pad_rows([text for _, text in rows], pad)]
         masks = [
             pad_rows([[1] * len(prompt) for prompt, _ in rows], 0, left=True),
             pad_rows([[1] * len(text) for _, text in rows], 0),
@@ -89,23 +121,40 @@ class Distiller:
         text, item = text_before_items(self.shared.column_of(ids[:, -length:]), mask[:, -length:].bool())
         counted = int(text.sum()) + int(item.sum()) * (self.settings.item_tokens == "punish")
         named = {"ids": ids, "mask": mask, "length": torch.tensor(length), "counted": torch.tensor(max(counted, 1))}
+        if self.teachers:
+            told = [known for of_prompt in self.teachers.answers(written.calls) for known in of_prompt]
+            for name in ("columns", "logps", "written"):
+                arrays = [torch.from_numpy(getattr(known, name)) for known in told]
+                filled = torch.zeros((len(told), length, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+                for row, array in zip(filled, arrays, strict=True):
+                    row[: len(array)] = array
+                named[name] = filled
         return {PREFIX + name: tensor for name, tensor in named.items()}
 
     def loss(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> TextLoss:
         """The share that a micro-batch of texts has in the loss of its whole batch."""
+
+        def of(name: str) -> torch.Tensor:
+            return batch[PREFIX + name].to(device)
+
         found = text_loss(
             model,
-            self.teacher,
-            batch[f"{PREFIX}ids"].to(device),
-            batch[f"{PREFIX}mask"].to(device),
-            int(batch[f"{PREFIX}length"]),
+            self.teacher or Told(of("columns").long(), of("logps"), of("written")),
+            of("ids"),
+            of("mask"),
+            int(of("length")),
             divergence=self.divergence,
             shared=self.shared,
             group=self.settings.texts_per_prompt if self.config.rl.packing else None,
             temperature=self.settings.temperature,
             item_tokens=self.settings.item_tokens,
         )
-        return replace(found, loss=found.loss * found.tokens / int(batch[f"{PREFIX}counted"]))
+        return replace(found, loss=found.loss * found.tokens / int(of("counted")))
+
+    def _readable(self, text: Sequence[int]) -> tuple[int, ...]:
+        """A text up to its first item token."""
+        outside = self.shared.column_of(torch.tensor(text)) < 0
+        return tuple(text[: int(outside.int().argmax()) if bool(outside.any()) else len(text)])
 
     def _prompts(self) -> list[TextPrompt]:
         path = Path(self.settings.prompts)

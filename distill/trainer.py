@@ -30,12 +30,14 @@ class Distilling(_Base):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         settings, step = self.config.distill, self.state.global_step
         alone = settings.every > 0 and (step + 1) % settings.every == 0
-        batch: Batch = {} if alone else super()._generate_and_score_completions(inputs)
-        if alone or settings.weight:
-            self.sync_weights()
-            with self.phase("texts"):
-                batch |= self.distiller.batch(self.fleet, step, self.draw_seed(step, 1_008))
-        return batch
+        if not alone and not settings.weight:
+            return super()._generate_and_score_completions(inputs)
+        self.sync_weights()
+        with self.phase("texts"):
+            written = self.distiller.write(self.fleet, step, self.draw_seed(step, 1_008))
+        batch: Batch = {} if alone else super()._generate_and_score_completions(inputs)  # while teachers score
+        with self.phase("texts"):
+            return batch | self.distiller.batch(written)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
         if "completion_ids" in inputs:

@@ -114,13 +114,15 @@ def run_in_worker(config: RunConfig, module: str) -> dict[str, Any]:
 def with_gpu_shares(config: RunConfig, gpus: float) -> RunConfig:
     """Settle the GPUs of trainer and engines where they are left open (-1).
 
-    One each where the cluster has enough; else all of them share, since trainer and engines take turns; none without.
+    One each where the cluster has enough; else all of them share, since they take turns as a rule; none without.
     """
-    processes = config.rollout.num_engines + 1
+    processes = config.rollout.num_engines + 1 + config.distill.teachers
     share = 1.0 if gpus >= processes else int(100 * gpus / processes) / 100
     trainer, engine = config.ray.trainer_gpus, config.rollout.gpus_per_engine
+    teacher = config.distill.gpus_per_teacher
     return replace(
         config,
         ray=replace(config.ray, trainer_gpus=share if trainer < 0 else trainer),
         rollout=replace(config.rollout, gpus_per_engine=share if engine < 0 else engine),
+        distill=replace(config.distill, gpus_per_teacher=share if teacher < 0 else teacher),
     )

@@ -9,11 +9,13 @@ Axes: B rows, P prompt positions (left padded), T completion tokens, D hidden si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rl.packing import pack_groups
@@ -148,6 +150,61 @@ def in_chunks(function: Callable[..., torch.Tensor], rows: tuple[torch.Tensor, .
         return function(*rows)
     chunks = zip(*(tensor.split(size) for tensor in rows), strict=True)
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def sum_in_chunks(
+    function: Callable[..., torch.Tensor],
+    rows: tuple[torch.Tensor, ...],
+    parameters: Sequence[torch.nn.Parameter],
+    size: int,
+) -> torch.Tensor:
+    """The sum of `function` over all rows, so many at a time; differentiable by the first of `rows` and `parameters`.
+
+    A sum's gradient is known up to a factor as soon as a chunk is computed, so it is taken then and there: nothing of a
+    chunk is kept, and nothing is computed again in the backward pass.
+
+    Args:
+        function: of a chunk of each tensor of `rows`; a number a row.
+        rows: tensors of equal length; the first may require a gradient.
+        parameters: what `function` uses besides and requires a gradient.
+        size: rows of a chunk.
+    """
+    total: torch.Tensor = _SumInChunks.apply(function, size, len(rows), *rows, *parameters)
+    return total
+
+
+class _SumInChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any, function: Callable[..., torch.Tensor], size: int, count: int, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        rows, parameters = tensors[:count], [one for one in tensors[count:] if one.requires_grad]
+        total = rows[0].new_zeros((), dtype=torch.float32)
+        first = torch.zeros_like(rows[0]) if context.needs_input_grad[3] else None
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        for start in range(0, len(rows[0]), size):
+            part = [tensor[start : start + size].detach() for tensor in rows]
+            wanted = [part[0].requires_grad_(), *parameters] if first is not None else parameters
+            with torch.set_grad_enabled(bool(wanted)):
+                chunk = function(*part).sum()
+            total += chunk.detach()
+            found = list(torch.autograd.grad(chunk, wanted, materialize_grads=True)) if wanted else []
+            if first is not None:
+                first[start : start + size] = found.pop(0)
+            for whole, more in zip(sums, found, strict=True):
+                whole += more
+        context.needed = [one.requires_grad for one in tensors[count:]]
+        context.count = count
+        context.save_for_backward(*([] if first is None else [first]), *sums)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = [tensor * factor[0] for tensor in context.saved_tensors]
+        first = saved.pop(0) if context.needs_input_grad[3] else None
+        others = [saved.pop(0) if needed else None for needed in context.needed]
+        return (None, None, None, first, *[None] * (context.count - 1), *others)
 
 
 @torch.no_grad()

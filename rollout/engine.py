@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.schema import ModelConfig, RolloutConfig, RunConfig
@@ -57,13 +57,18 @@ class EngineSpec:
         return HFEngine(policy, decoder, max_batch_prompts=self.rollout.max_batch_prompts)
 
 
+def all_threads() -> int:
+    """Threads that this run may use in all."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
 def cpu_threads(settings: RolloutConfig) -> tuple[int, int]:
     """Threads of the trainer and of each engine.
 
     They take turns, so each may have all; but where rollouts are drawn ahead they run beside each other, and share:
     threads that outnumber the cores made updates 30 times slower (docs/performance.md).
     """
-    every = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    every = all_threads()
     if not settings.max_staleness:
         return every, settings.threads or every
     engine = settings.threads or max(1, every // 2 // settings.num_engines)
@@ -109,4 +114,8 @@ def engine_spec(config: RunConfig, model_path: str | Path) -> EngineSpec:
         longest += config.thought.max_tokens + len((config.thought.open + config.thought.close).encode()) + 2
     if config.distill.every or config.distill.weight:
         longest = max(longest, config.distill.max_prompt_tokens + config.distill.max_tokens)
-    return EngineSpec(kind, why, str(model_path), config.model, config.rollout, longest, rank)
+    rollout = config.rollout
+    if config.distill.teachers and not rollout.threads and not rollout.max_staleness:
+        # Teachers score while engines write, and take the other half.
+        rollout = replace(rollout, threads=max(1, all_threads() // 2 // rollout.num_engines))
+    return EngineSpec(kind, why, str(model_path), config.model, rollout, longest, rank)

@@ -30,6 +30,11 @@ class OutputLayer:
         self.cap = getattr(config, "final_logit_softcapping", None)
         self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """What of it is trained: the matrix itself, an adapter on it, or nothing."""
+        return [parameter for parameter in self.head.parameters() if parameter.requires_grad]
+
     def logits(self, hidden_ND: torch.Tensor, first: int, stop: int) -> torch.Tensor:
         """Logits [N, stop - first] of the tokens `first` to `stop`."""
         logits = _rows(self.head, hidden_ND, first, stop)

@@ -145,22 +145,32 @@ class Fleet:
                 )
             yield groups
 
-    def write(self, prompts: Sequence[Prompted], sampling: Sampling, count: int) -> list[list[Text]]:
+    def write(
+        self, prompts: Sequence[Prompted], sampling: Sampling, count: int, parts: int = 1
+    ) -> Iterator[list[list[Text]]]:
         """`count` texts after each prompt (`sampling.thought` says how long and what ends them), in order.
+
+        All are asked for at once and given as they come: `prompts_per_call` at a time, or by default each engine's
+        share in so many parts.
 
         Raises:
             FleetError: when an engine fails, or answers with another policy version.
         """
-        size = -(-len(prompts) // len(self.engines))
-        parts = [list(prompts[first : first + size]) for first in range(0, len(prompts), size or 1)]
-        calls = [engine.write.remote(part, sampling, count) for engine, part in zip(self.engines, parts, strict=False)]
-        texts: list[list[Text]] = []
-        for version, answer in self._all(calls, "write"):
+        size = self.prompts_per_call or -(-len(prompts) // (parts * len(self.engines)))
+        shares = [list(prompts[first : first + size]) for first in range(0, len(prompts), size or 1)]
+        calls = [
+            self.engines[index % len(self.engines)].write.remote(share, sampling, count)
+            for index, share in enumerate(shares)
+        ]
+        return self._written(calls, self.version)
+
+    def _written(self, calls: list[Any], expected: int) -> Iterator[list[list[Text]]]:
+        for call in calls:
+            ((version, texts),) = self._all([call], "write")
             self._verify_sync()
-            if version != self.version:
-                raise FleetError(f"texts of policy version {version} where version {self.version} was asked for")
-            texts += answer
-        return texts
+            if version != expected:
+                raise FleetError(f"texts of policy version {version} where version {expected} was asked for")
+            yield texts
 
     def sync(
         self, weights: Mapping[str, torch.Tensor] | Adapter, version: int, expected: str, *, wait: bool = True

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rollout.vllm_start import open_llm  # first of all: it sets what vLLM reads when it is imported
+
+# isort: split
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 
 from rollout.decode import Decoder
 from rollout.hf_engine import load_policy
@@ -20,21 +23,8 @@ from rollout.search import distinct, likeliest, roots, sample_seed
 from rollout.support import TorchTrie
 from rollout.thought import Text, generate
 from rollout.types import Prompted, RolloutGroup, Sample, Sampling
-from rollout.weights import checksum, merged_weights, require_fit, shapes_of, tied_head
-
-# In-process engine core: weights reach it without a second copy, and it dies with the actor that holds it.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-from transformers import AutoConfig, AutoModelForCausalLM
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-
 from rollout.vllm_trie import IN_PROCESS, OPT_IN, TRIE_FOLDER, TrieProcessor
-
-CPU_BATCH_TOKENS, CPU_BATCH_SEQUENCES = 8192, 512  # vLLM's defaults are smaller; one step of a small policy is overhead
+from rollout.weights import checksum, merged_weights, require_fit, shapes_of, tied_head
 
 FIRST_TRIE = "trie-0"
 
@@ -71,7 +61,6 @@ class VLLMEngine:
         lora_rank: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gb))
         on_gpu = torch.cuda.is_available()
         self.decoder = decoder
         self.trie = TorchTrie(decoder.trie)
@@ -83,37 +72,22 @@ class VLLMEngine:
         decoder.trie.save(self._trie_folder)
         IN_PROCESS[str(self._trie_folder)] = decoder.trie
         # On CPU vLLM packs the output matrix when it loads and keeps the pack when tied weights are loaded again: the
-        # head would stay old. There the engine's copy is untied, and every load names the head itself. There too, a
-        # seeded request that is prefilled in chunks crashes: vLLM rewinds its generator, which on CPU it cannot.
+        # head would stay old. There the engine's copy is untied, and every load names the head itself.
         longest = max_prompt_tokens + self.decoder.completion_tokens(items) + 1
-        start: dict[str, Any] = {}
-        if not on_gpu:
-            start = {
-                "load_format": "dummy",
-                "hf_overrides": {"tie_word_embeddings": False},
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(CPU_BATCH_TOKENS, longest),
-                "max_num_seqs": CPU_BATCH_SEQUENCES,
-            }
-        lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 1} if lora_rank else {}
-        with _readable_modules():
-            self.llm = LLM(
-                model=str(model_path),
-                dtype=("float32" if not on_gpu else "bfloat16") if dtype == "auto" else dtype,
-                enforce_eager=not on_gpu,
-                max_model_len=longest,
-                generation_config="vllm",
-                logprobs_mode="processed_logprobs",
-                max_logprobs=-1,  # a beam asks for as many as it is wide
-                logits_processors=[TrieProcessor],
-                additional_config={TRIE_FOLDER: str(self._trie_folder)},
-                enable_prefix_caching=True,
-                gpu_memory_utilization=gpu_memory_utilization,
-                trust_remote_code=trust_remote_code,
-                disable_log_stats=True,
-                **start,
-                **lora,
-            )
+        start: dict[str, Any] = {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
+        lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": lora_rank, "max_loras": 1}
+        self.llm = open_llm(
+            model_path,
+            dtype=dtype,
+            longest=longest,
+            kv_cache_gb=kv_cache_gb,
+            gpu_memory_utilization=gpu_memory_utilization,
+            trust_remote_code=trust_remote_code,
+            logits_processors=[TrieProcessor],
+            additional_config={TRIE_FOLDER: str(self._trie_folder)},
+            **({} if on_gpu else start),
+            **(lora if lora_rank else {}),
+        )
         self._tied: tuple[str, str] | None = None
         if on_gpu:
             config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
@@ -281,27 +255,6 @@ class VLLMEngine:
 
 def _logps(branch: Any) -> tuple[float, ...]:
     return tuple(step[token].logprob for step, token in zip(branch.logprobs, branch.token_ids, strict=True))
-
-
-@contextmanager
-def _readable_modules() -> Iterator[None]:
-    """Hide modules that vLLM 0.32 cannot read when it starts.
-
-    It asks every attribute of every module for its `__dict__`; llvmlite's library wrapper, which numba brings, takes
-    that for the name of a C function.
-    """
-    hidden = {
-        name: module
-        for name, module in list(sys.modules.items())
-        if name.startswith("llvmlite")
-        and any(not isinstance(getattr(value, "__dict__", {}), Mapping) for value in list(vars(module).values()))
-    }
-    for name in hidden:
-        del sys.modules[name]
-    try:
-        yield
-    finally:
-        sys.modules.update(hidden)
 
 
 class _Levels:

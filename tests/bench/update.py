@@ -12,18 +12,14 @@ through prompts and group sizes, prints a table and draws seconds against tokens
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -45,6 +41,7 @@ from rollout.decode import Decoder
 from rollout.sid import letters_format
 from rollout.support import WHOLE_VOCABULARY, TorchTrie
 from rollout.types import Record, Sample
+from tests.bench.memory import Peak, return_memory
 
 
 def main() -> None:
@@ -185,13 +182,10 @@ class Bench:
     def peaks(self) -> dict[str, float]:
         """Memory in MB that an update takes beyond what was there, by side; measured apart from the seconds."""
         megabytes = {}
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: freed tensors go back to the system at once, so RSS tells
         for side in self.trainers:
             self.model.zero_grad(set_to_none=True)
-            gc.collect()
-            libc.malloc_trim(0)
-            with _Peak() as peak:
+            return_memory()
+            with Peak() as peak:
                 self._loss(side).backward()
             megabytes[side] = peak.megabytes
         return megabytes
@@ -274,33 +268,6 @@ class Bench:
             "places": support_places(self.trie, completions, torch.ones_like(completions).bool()),
             "num_items_in_batch": torch.tensor(completions.numel()).to(device),
         }
-
-
-class _Peak:
-    """Largest memory of the process (or of the GPU) in a block, beyond what it had at the start."""
-
-    def __enter__(self) -> _Peak:
-        self.process, self.stop = psutil.Process(), threading.Event()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-        else:
-            self.start = self.most = self.process.memory_info().rss
-            self.thread = threading.Thread(target=self._watch, daemon=True)
-            self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        if torch.cuda.is_available():
-            self.most = torch.cuda.max_memory_allocated()
-        else:
-            self.thread.join()
-        self.megabytes = max(self.most - self.start, 0) / 2**20
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.002):
-            self.most = max(self.most, self.process.memory_info().rss)
 
 
 if __name__ == "__main__":

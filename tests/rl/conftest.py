@@ -240,10 +240,13 @@ class LocalFleet:
         half = len(pending) // 2
         yield from (part for part in (pending[:half], pending[half:]) if part)
 
-    def write(self, prompts: Sequence[Any], sampling: Sampling, count: int) -> list[list[Any]]:
+    def write(
+        self, prompts: Sequence[Any], sampling: Sampling, count: int, parts: int = 1
+    ) -> Iterator[list[list[Any]]]:
         self.calls.append(("write", self.version, sampling.seed))
-        texts: list[list[Any]] = self.engine.write(list(prompts), sampling, count)
-        return texts
+        size = -(-len(prompts) // parts)
+        for start in range(0, len(prompts), size):
+            yield self.engine.write(list(prompts[start : start + size]), sampling, count)
 
     def sync(self, weights: Mapping[str, torch.Tensor], version: int, expected: str, *, wait: bool = True) -> None:
         self.calls.append(("sync", version))

@@ -139,7 +139,9 @@ def test_groups_come_in_as_they_are_drawn(two: Fleet, tiny_samples: list[Sample]
 def test_texts(two: Fleet, hf_engine: HFEngine, tiny_samples: list[Sample]) -> None:
     """Free text after any prompt, the same by one engine as by two; items may be written, nothing is banned."""
     sampling = Sampling(1, temperature=1.2, thought=Thought(7, end=5), seed=4)
-    texts = two.write(tiny_samples[:7], sampling, 3)
+    parts = list(two.write(tiny_samples[:7], sampling, 3, parts=2))
+    assert [len(part) for part in parts] == [2, 2, 2, 1]
+    texts = [of_prompt for part in parts for of_prompt in part]
     assert [len(of_prompt) for of_prompt in texts] == [3] * 7
     alone = hf_engine.write(tiny_samples[:7], sampling, 3)
     assert [[text.token_ids for text in one] for one in texts] == [[text.token_ids for text in one] for one in alone]
