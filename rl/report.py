@@ -20,7 +20,7 @@ from rl.metrics import EvalResult
 BAR_METRICS = ("hr@1", "hr@5", "hr@10", "hr@50", "ndcg@5", "ndcg@10", "ndcg@50")
 
 # Okabe-Ito: told apart with any colour vision, and by lightness in print.
-_BEFORE, _AFTER, _SIGNAL = "#999999", "#0072B2", "#D55E00"
+_BEFORE, _AFTER, _SIGNAL, _GENERAL = "#999999", "#0072B2", "#D55E00", "#009E73"
 
 
 def table(before: EvalResult | None, after: EvalResult | None, keys: Sequence[str] | None = None) -> Table:
@@ -62,12 +62,16 @@ def table(before: EvalResult | None, after: EvalResult | None, keys: Sequence[st
 def draw_run(metrics_jsonl: Path, summary: Mapping[str, Any], out: Path) -> Path:
     """One PNG (1600 x 700) of a run: reward, legal rate and zero-signal groups by step; HR and NDCG before and after.
 
+    With `eval.general` the share of general answers met stands beside the other shares, at each evaluation. A run
+    without rewards, of distillation alone, shows its distance from the teacher in their place.
+
     What is missing (no step logged yet, no evaluation) leaves its panel with a note; the rest is drawn. pyplot and its
     global state are not touched.
 
     Args:
-        metrics_jsonl: one JSON object per step with `step`, `reward`, `legal_rate`, `zero_signal_groups`; other keys
-            are passed over, a repeated step (resumed run) counts as last written. A missing file is an empty one.
+        metrics_jsonl: one JSON object per step with `step`, `reward`, `legal_rate`, `zero_signal_groups` and, where
+            valid was evaluated, `valid/general/exact`; other keys are passed over, a repeated step (resumed run) counts
+            as last written. A missing file is an empty one.
         summary: may hold `before` and `after`, metric -> value, and `before_interval` and `after_interval`,
             metric -> [low, high].
         out: where the PNG goes.
@@ -85,7 +89,7 @@ def draw_run(metrics_jsonl: Path, summary: Mapping[str, Any], out: Path) -> Path
     reward_axes = figure.add_subplot(grid[0, 0])
     share_axes = figure.add_subplot(grid[1, 0], sharex=reward_axes)
     _draw_reward(reward_axes, records)
-    _draw_shares(share_axes, records)
+    _draw_shares(share_axes, records, summary)
     _draw_bars(figure.add_subplot(grid[:, 1]), summary)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -160,23 +164,27 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _draw_reward(axes: Axes, records: list[dict[str, Any]]) -> None:
-    steps, rewards = _series(records, "reward")
-    _dress(axes, "Reward during training")
-    axes.set_ylabel("mean reward")
+    steps, values = _series(records, "reward")
+    title, label = "Reward during training", "mean reward"
+    if not len(steps) and len(_series(records, "distill/divergence")[0]):  # distillation alone earns no reward
+        steps, values = _series(records, "distill/divergence")
+        title, label = "Distance from the teacher during training", "mean divergence of a token"
+    _dress(axes, title)
+    axes.set_ylabel(label)
     axes.tick_params(labelbottom=False)
     if not len(steps):
         _note(axes, "no step logged")
         return
     window = int(np.clip(len(steps) // 10, 1, 50))
     many = len(steps) > 1
-    axes.plot(steps, rewards, color=_AFTER, alpha=0.3, linewidth=1, marker="" if many else "o", label="each step")
+    axes.plot(steps, values, color=_AFTER, alpha=0.3, linewidth=1, marker="" if many else "o", label="each step")
     if window > 1:
-        mean = _running_mean(rewards, window)
+        mean = _running_mean(values, window)
         axes.plot(steps, mean, color=_AFTER, linewidth=2.2, label=f"mean of the last {window} steps")
     axes.legend(loc="best", frameon=False)
 
 
-def _draw_shares(axes: Axes, records: list[dict[str, Any]]) -> None:
+def _draw_shares(axes: Axes, records: list[dict[str, Any]], summary: Mapping[str, Any]) -> None:
     _dress(axes, "")
     axes.set_xlabel("step")
     axes.set_ylabel("share")
@@ -187,10 +195,23 @@ def _draw_shares(axes: Axes, records: list[dict[str, Any]]) -> None:
         if len(steps):
             marker = "" if len(steps) > 1 else "o"
             axes.plot(steps, shares, color=colour, linestyle=dash, linewidth=1.6, marker=marker, label=label)
+    steps, shares = _general(records, summary)
+    if len(steps):
+        axes.plot(steps, shares, color=_GENERAL, linestyle=":", linewidth=1.6, marker="D", label="general answers")
     if axes.lines:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.1)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.1)
     else:
         _note(axes, "no step logged")
+
+
+def _general(records: list[dict[str, Any]], summary: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and shares of general answers met: before training, at each evaluation on valid, after training."""
+    last = records[-1]["step"] if records else 0
+    ends = [(side, (summary.get(side) or {}).get("general/exact")) for side in ("before", "after")]
+    told = {0 if side == "before" else last: value for side, value in ends if value is not None}
+    between = dict(zip(*(part.tolist() for part in _series(records, "valid/general/exact")), strict=True))
+    points = sorted((between | told).items())
+    return np.array([step for step, _ in points], dtype=float), np.array([value for _, value in points], dtype=float)
 
 
 def _draw_bars(axes: Axes, summary: Mapping[str, Any]) -> None:

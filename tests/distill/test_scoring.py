@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import rl.scoring
 from distill.losses import Divergence
 from distill.scoring import Teacher, TextLoss, text_loss
 from distill.vocabulary import SharedVocabulary, text_before_items
@@ -86,8 +85,8 @@ def test_loss_and_gradient(kind: Any, punish: bool, group: int | None, monkeypat
     divergence, (ids, mask) = Divergence(kind, top_k=5), texts()
     expected = plain(student, teacher, ids, mask, divergence, punish)
     expected_gradient = torch.autograd.grad(expected, list(student.parameters()))
-    for chunk in (rl.scoring.CHUNK, 3 * TEXT):
-        monkeypatch.setattr("distill.scoring.CHUNK", chunk)
+    for rows in (1_000, 3):
+        monkeypatch.setattr("distill.scoring.chunk_rows", lambda _, rows=rows: rows)
         found = text_loss(
             student, Teacher.of(teacher), ids, mask, LENGTH, divergence=divergence, shared=SHARED, group=group,
             temperature=1.3, item_tokens="punish" if punish else "leave_out",
@@ -128,7 +127,7 @@ def test_texts_of_items_alone() -> None:
     ids[:, PROMPT] = TEXT + 1
     student, teacher = model(1, TEXT + ITEMS), model(2, TEXT)
     found = text_loss(student, Teacher.of(teacher), ids, mask, LENGTH, divergence=Divergence(), shared=SHARED)
-    assert (float(found.loss), found.tokens, found.item_tokens) == (0.0, 0, 1.0)
+    assert (float(found.loss.detach()), found.tokens, found.item_tokens) == (0.0, 0, 1.0)
 
 
 def test_text_before_items() -> None:

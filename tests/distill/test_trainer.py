@@ -128,6 +128,8 @@ def test_what_does_not_go(make_run: MakeTrainer, settings: dict[str, Any], promp
         {"rollout.max_staleness": 1, "distill.every": 2},
         {"algo": "pl", "distill.every": 0, "distill.weight": 1},
         {"lora.enabled": False, "distill.teacher": None},
+        {"distill.teachers": 1},
+        {"distill.teachers": -1, "distill.divergence": "top_k"},
     ):
         with pytest.raises((ConfigError, SystemExit)):
             make_run({**settings, **more}, trainer_of=distilling)
@@ -141,12 +143,13 @@ def test_what_does_not_go(make_run: MakeTrainer, settings: dict[str, Any], promp
 @pytest.mark.ray
 @pytest.mark.slow
 def test_command_line(settings: dict[str, Any], data: Path, make_policy: MakePolicy, tmp_path: Path) -> None:
-    """`python -m distill.train` from the shell, engines in Ray; `rl.train` says where distillation is."""
+    """`python -m distill.train` from the shell, engines and teachers in Ray; `rl.train` says where distillation is."""
     more = {
         "model.path": str(make_policy()), "data.path": str(data), "rollout.engine": "hf", "rollout.group_size": 4,
         "rollout.cpus_per_engine": 0.1, "ray.trainer_cpus": 0.1, "rl.steps": 2, "rl.prompts_per_step": 4,
         "rl.micro_batch_groups": 2, "data.rl_users": 0, "lora.r": 4, "eval.beam_width": 8, "eval.bootstrap": 20,
         "eval.unconstrained_samples": 4, "output_dir": str(tmp_path / "run"),
+        "distill.teachers": 1, "distill.divergence": "top_k", "distill.top_k": 9, "distill.weight": 0.5,
     }  # fmt: skip
     given = arguments({**settings, **more, "distill.every": 2})
     environment = quiet_environment("distill")
@@ -160,5 +163,6 @@ def test_command_line(settings: dict[str, Any], data: Path, make_policy: MakePol
             assert "`python -m distill.train` takes these settings, and distils" in said
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ["reward" in line for line in lines] == [True, False]
+    assert all(line["distill/divergence"] > 0 for line in lines)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2 and "after" in summary

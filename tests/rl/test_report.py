@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from rl.metrics import EvalResult
-from rl.report import _read_steps, _running_mean, draw_run, table
+from rl.report import _general, _read_steps, _running_mean, draw_run, table
 
 
 def result(values: dict[str, float], intervals: dict[str, tuple[float, float]]) -> EvalResult:
@@ -110,6 +110,17 @@ def test_partial_records(tmp_path: Path) -> None:
     assert size_of_png(draw_run(tmp_path / "absent.jsonl", {}, tmp_path / "b.png")) == (1600, 700)
     only_reward: list[dict[str, object]] = [{"step": s, "reward": 1.0} for s in range(5)]
     assert size_of_png(draw_run(write(tmp_path / "r.jsonl", only_reward), {}, tmp_path / "c.png")) == (1600, 700)
+
+
+def test_general_ability_is_drawn(tmp_path: Path) -> None:
+    """Before training, where valid was evaluated, and after; a run of distillation alone is drawn too."""
+    records: list[dict[str, object]] = [{"step": s, "distill/divergence": 1 / s} for s in range(1, 9)]
+    records[3]["valid/general/exact"] = 0.4
+    summary = {"before": SIDE | {"general/exact": 0.9}, "after": SIDE | {"general/exact": 0.6}}
+    steps, shares = _general(records, summary)
+    assert (steps.tolist(), shares.tolist()) == ([0, 4, 8], [0.9, 0.4, 0.6])
+    assert [part.tolist() for part in _general(records[:2], {"before": SIDE})] == [[], []]
+    assert size_of_png(draw_run(write(tmp_path / "m.jsonl", records), summary, tmp_path / "a.png")) == (1600, 700)
 
 
 def test_steps_are_sorted_and_the_last_writing_counts(tmp_path: Path) -> None:

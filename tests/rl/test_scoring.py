@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from rl import scoring
-from rl.scoring import require_exact, score_tokens, support_places
+from rl.scoring import require_exact, score_tokens, sum_in_chunks, support_places
 from rollout.output_layer import OutputLayer
 from rollout.support import TorchTrie
 from rollout.trie import SidTrie
@@ -274,3 +274,29 @@ def test_the_refusal_reaches_the_run(make_run: Any, monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(ValueError, match=r"set rl\.packing=false"):
         make_run()
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+@pytest.mark.parametrize("frozen", ["nothing", "rows", "parameter", "everything"])
+def test_sums_in_chunks(size: int, frozen: str) -> None:
+    """Value and gradients of a sum are those of all rows at once, whatever needs one; unused parameters get zeros."""
+    torch.manual_seed(0)
+    rows, index = torch.randn(11, 5), torch.randint(0, 7, (11,))
+    rows.requires_grad_(frozen not in ("rows", "everything"))
+    weight = torch.nn.Parameter(torch.randn(7, 5), requires_grad=frozen not in ("parameter", "everything"))
+    unused = torch.nn.Parameter(torch.randn(3), requires_grad=frozen != "everything")
+
+    def loss(some: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return -(some @ weight.T).log_softmax(dim=1).gather(1, columns[:, None])[:, 0]
+
+    found = sum_in_chunks(loss, (rows, index), [weight, unused], size)
+    expected = loss(rows, index).sum()
+    torch.testing.assert_close(found, expected)
+    wanted = [tensor for tensor in (rows, weight) if tensor.requires_grad]
+    assert found.requires_grad == (frozen != "everything")
+    if wanted:
+        for mine, plain in zip(
+            torch.autograd.grad(3 * found, wanted), torch.autograd.grad(3 * expected, wanted), strict=True
+        ):
+            torch.testing.assert_close(mine, plain)
+    assert float(sum_in_chunks(loss, (rows[:0], index[:0]), [weight, unused], size).detach()) == 0
