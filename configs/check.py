@@ -190,6 +190,11 @@ def _distill(config: RunConfig) -> Iterator[str]:
         yield f"distill.weight={settings.weight} is not for algo=pl, whose loss is that of rankings; take distill.every"
     if settings.every == 1 and settings.weight:
         yield f"distill.every=1 leaves no step of {config.algo} for distill.weight={settings.weight} to be mixed into"
+    if settings.recommendation and settings.every != 1:
+        yield (
+            f"distill.recommendation={settings.recommendation} holds recommendations as they are, and "
+            f"distill.every={settings.every} trains them by {config.algo}: it is for distill.every=1"
+        )
     if settings.every and config.rollout.max_staleness:
         yield f"distill.every={settings.every} and rollout.max_staleness={config.rollout.max_staleness}: take one"
     groups, prompts = config.rl.micro_batch_groups, config.rl.prompts_per_step

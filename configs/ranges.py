@@ -101,6 +101,7 @@ RANGES: dict[str, Range] = {
     "distill.teachers": NOT_NEGATIVE,
     "distill.gpus_per_teacher": GPUS,
     "distill.weight": NOT_NEGATIVE,
+    "distill.recommendation": NOT_NEGATIVE,
     "distill.prompts_per_step": COUNT,
     "distill.texts_per_prompt": COUNT,
     "distill.max_tokens": COUNT,

@@ -112,6 +112,8 @@ class DistillConfig:
         every: Distil in every N-th step, and train by `algo` in the others; 1 distils only, 0 distils in no step of its
             own.
         weight: Weight of the texts' loss in the steps of `algo`; with 0 those steps have no texts.
+        recommendation: Weight of recommendation prompts in a run of distillation alone: on rollouts of
+            `rl.prompts_per_step` rows the student is held to what it was at the start, so that its lists stay.
         prompts_per_step: Prompts of a step.
         texts_per_prompt: Texts that the student writes after each.
         max_tokens: Longest text.
@@ -133,6 +135,7 @@ class DistillConfig:
     gpus_per_teacher: float = -1.0
     every: int = 0
     weight: float = 0.0
+    recommendation: float = 0.0
     prompts_per_step: int = 16
     texts_per_prompt: int = 1
     max_tokens: int = 64

@@ -27,6 +27,12 @@ BENCHES = [
         id="update",
     ),
     pytest.param(
+        "distill",
+        ["--prompts", "2", "--texts", "2", "--prompt", "8", "--length", "6", "--vocab", "1500", "--layers", "1"],
+        {"ours_s", "trl_s", "ratio", "grad_rel_diff", "peak_mb"},
+        id="distill",
+    ),
+    pytest.param(
         "iteration",
         [*SMALL, "--engine", "hf"],
         {"ours_s", "trl_s", "ratio", "phases"},
@@ -55,7 +61,7 @@ def test_it_runs(name: str, options: list[str], keys: set[str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     assert keys <= set(figures)
-    if name == "update":
+    if name in ("update", "distill"):
         assert figures["grad_rel_diff"] < 1e-4
     if name == "beam":
         assert figures["same"] is True

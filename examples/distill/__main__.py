@@ -3,8 +3,9 @@
     python -m examples.distill --seeds 0 1 2 --jobs 3
 
 A small policy is trained on items and on general tasks together, then post-trained by RL on the demo world's
-recommendations alone, then distilled from what it was before RL, on the training prompts of the general tasks. Held-out
-general tasks and recommendations are measured at all three points. Finished stages are read again.
+recommendations alone, then distilled from what it was before RL, on the training prompts of the general tasks: once on
+these prompts alone, once mixed with recommendation prompts on which it is held to what RL made of it. Held-out general
+tasks and recommendations are measured at each point. Finished stages are read again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from rl.progress import console, fail_clearly
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 KEYS = ("general/exact", "general/perplexity", "hr@10", "ndcg@10", "hr@1")
-POINTS = ("before RL", "after RL", "after distillation")
+POINTS = ("before RL", "after RL", "distilled, general prompts alone", "distilled, mixed")
+KEPT = ("hr@10", "ndcg@10")
 
 
 def main() -> None:
@@ -34,8 +36,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, which share the CPUs")
     parser.add_argument("--folder", type=Path, default=Path("runs/distill"))
-    parser.add_argument("--steps", type=int, default=150, help="steps of RL")
-    parser.add_argument("--distill-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300, help="steps of RL")
+    parser.add_argument("--distill-steps", type=int, default=150)
+    parser.add_argument("--weight", type=float, default=1.0, help="distill.recommendation of the mixed run")
     known, options = parser.parse_known_args()
 
     def one(seed: int) -> list[dict[str, Any]]:
@@ -56,24 +59,27 @@ def run(folder: Path, seed: int, known: argparse.Namespace, options: list[str]) 
     if not (policy / "config.json").exists():
         call(folder, threads, "examples.distill.cotrain", [str(policy), str(train), str(seed)])
     common = ["--config", str(CONFIG), f"--seed={seed}", f"--eval.general={test}", *options]
-    rl, distilled = folder / "rl", folder / "distilled"
+    rl = folder / "rl"
     if not (rl / "summary.json").exists():
         more = [f"--model.path={policy}", f"--rl.steps={known.steps}", "--output.merged_model=true"]
         call(folder, threads, "rl.train", [*common, *more, f"--output_dir={rl}"])
-    if not (distilled / "summary.json").exists():
-        more = [
-            f"--model.path={rl / 'merged'}",
-            f"--distill.teacher={policy}",
-            f"--distill.prompts={train}",
-            "--distill.every=1",
-            "--distill.prompts_per_step=64",
-            "--distill.max_tokens=12",
-            f"--rl.steps={known.distill_steps}",
-            "--eval.before=false",
-        ]
-        call(folder, threads, "distill.train", [*common, *more, f"--output_dir={distilled}"])
-    first, last = (json.loads((path / "summary.json").read_text()) for path in (rl, distilled))
-    return [first["before"], first["after"], last["after"]]
+    distilled = {folder / "alone": 0.0, folder / "mixed": known.weight}
+    for out, weight in distilled.items():
+        if not (out / "summary.json").exists():
+            more = [
+                f"--model.path={rl / 'merged'}",
+                f"--distill.teacher={policy}",
+                f"--distill.prompts={train}",
+                "--distill.every=1",
+                "--distill.prompts_per_step=64",
+                "--distill.max_tokens=12",
+                f"--distill.recommendation={weight}",
+                f"--rl.steps={known.distill_steps}",
+                "--eval.before=false",
+            ]
+            call(folder, threads, "distill.train", [*common, *more, f"--output_dir={out}"])
+    first, *later = (json.loads((path / "summary.json").read_text()) for path in (rl, *distilled))
+    return [first["before"], first["after"], *(summary["after"] for summary in later)]
 
 
 def call(folder: Path, threads: int, module: str, options: list[str]) -> None:
@@ -91,18 +97,25 @@ def call(folder: Path, threads: int, module: str, options: list[str]) -> None:
 
 
 def table(results: list[list[dict[str, Any]]]) -> str:
-    """Means over seeds at each point, and what distillation won back and kept."""
-    lines = ["| | " + " | ".join(KEYS) + " |", "| --- |" + " ---: |" * len(KEYS)]
+    """Means over seeds at each point with their standard deviations, and what distillation won back and kept."""
+    lines = ["| | " + " | ".join(KEYS) + " | won back | " + " | ".join(f"{key} kept" for key in KEPT) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(KEYS) + 1 + len(KEPT)))
     for index, point in enumerate(POINTS):
-        means = [np.mean([result[index][key] for result in results]) for key in KEYS]
-        lines.append(f"| {point} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
-    for seed, (before, after, last) in enumerate(results):
-        lost = before["general/exact"] - after["general/exact"]
-        back = (last["general/exact"] - after["general/exact"]) / lost if lost > 0 else float("nan")
-        kept = [last[key] / after[key] for key in ("hr@10", "ndcg@10")]
-        kept_text = f"kept {kept[0]:.1%} of HR@10 and {kept[1]:.1%} of NDCG@10"
-        lines.append(f"- seed {seed}: exact answers lost {lost:.3f}, won back {back:.0%} of it; {kept_text}")
+        columns = [[result[index][key] for result in results] for key in KEYS]
+        cells = [f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in columns]
+        shares = [f"{low:.0%} to {high:.0%}" for low, high in _spans(results, index)] if index > 1 else [""] * 3
+        lines.append(f"| {point} | {' | '.join([*cells, *shares])} |")
     return "\n".join(lines)
+
+
+def _spans(results: list[list[dict[str, Any]]], index: int) -> list[tuple[float, float]]:
+    """Lowest and highest over seeds: share of the lost answers won back, and shares of RL's metrics kept."""
+    rows = []
+    for before, after, *later in results:
+        now, lost = later[index - 2], before["general/exact"] - after["general/exact"]
+        back = (now["general/exact"] - after["general/exact"]) / lost if lost > 0 else float("nan")
+        rows.append([back, *(now[key] / after[key] for key in KEPT)])
+    return list(zip(np.min(rows, axis=0).tolist(), np.max(rows, axis=0).tolist(), strict=True))
 
 
 def draw(results: list[list[dict[str, Any]]], out: Path) -> None:
@@ -116,7 +129,7 @@ def draw(results: list[list[dict[str, Any]]], out: Path) -> None:
     for seed, points in enumerate(results):
         xs, ys = ([point[key] for point in points] for key in ("ndcg@10", "general/exact"))
         axes.plot(xs, ys, color="0.7", zorder=1)
-        for x, y, marker, name in zip(xs, ys, "osD", POINTS, strict=True):
+        for x, y, marker, name in zip(xs, ys, "os^D", POINTS, strict=True):
             axes.scatter(x, y, marker=marker, s=60, zorder=2, label=name if seed == 0 else None)
     axes.set(xlabel="NDCG@10 of the recommendations", ylabel="general answers met to the letter", ylim=(0, 1.02))
     axes.legend()

@@ -16,6 +16,7 @@ from configs.check import ConfigError
 from distill.trainer import distilling
 from rl.batch import slices_of
 from rollout.data.problems import DataError
+from rollout.hf_engine import load_policy
 from rollout.weights import checksum, merged_weights
 from tests.rl.conftest import MakePolicy, MakeTrainer, arguments, quiet_environment
 
@@ -119,6 +120,48 @@ def test_the_base_teaches(make_run: MakeTrainer, settings: dict[str, Any]) -> No
     assert first[0]["distill/divergence"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_recommendations_are_held(make_run: MakeTrainer, settings: dict[str, Any], lora: bool) -> None:
+    """Its gradient is that of the mean k3 to the start on the rollouts, whatever the slices; 0 at the start."""
+    more = {**settings, "distill.recommendation": 0.7, "lora.enabled": lora, "rl.steps": 3, "rl.learning_rate": 3e-2}
+    run = make_run(more, trainer_of=distilling)
+    trainer, gradients = run.trainer, []
+    assert float(trainer.held_loss(trainer.model, run.batch()).detach()) == pytest.approx(0, abs=1e-9)
+    start = merged_weights(trainer.policy)
+    lines = run.train()
+    assert lines[0]["distill/recommendation"] == pytest.approx(0, abs=1e-9)
+    assert lines[2]["distill/recommendation"] > 1e-6
+    assert all("legal_rate" in line and "reward" not in line for line in lines)
+    batch = run.batch()
+    now, then = (trainer.scorer.scores(model, batch).logps_BT for model in (trainer.model, _with(trainer, start)))
+    k3 = ((then.detach() - now).exp() - (then.detach() - now) - 1).mean()
+    texts = trainer.distiller.loss(trainer.model, batch, torch.device("cpu")).loss
+    expected = texts + 0.7 * k3
+    assert float(k3.detach()) > 1e-6
+    trainer.model.zero_grad()
+    expected.backward()
+    gradients.append(_gradient(trainer))
+    for slices in (1, 4):
+        trainer.model.zero_grad()
+        losses = [trainer._compute_loss(trainer.model, part) for part in slices_of(batch, slices)]
+        assert float(sum(losses)) == pytest.approx(float(expected), rel=1e-5)
+        sum(losses).backward()  # type: ignore[union-attr]
+        gradients.append(_gradient(trainer))
+    for found in gradients[1:]:
+        assert float((found - gradients[0]).norm() / gradients[0].norm()) < 1e-4
+
+
+def _gradient(trainer: Any) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
+
+
+def _with(trainer: Any, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A model of its own with these weights."""
+    model = load_policy(trainer.task.model_path, dtype="float32")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
 def test_what_does_not_go(make_run: MakeTrainer, settings: dict[str, Any], prompts: str, tmp_path: Path) -> None:
     for more in (
         {"distill.prompts": ""},
@@ -128,6 +171,7 @@ def test_what_does_not_go(make_run: MakeTrainer, settings: dict[str, Any], promp
         {"rollout.max_staleness": 1, "distill.every": 2},
         {"algo": "pl", "distill.every": 0, "distill.weight": 1},
         {"lora.enabled": False, "distill.teacher": None},
+        {"distill.recommendation": 1.0, "distill.every": 2},
         {"distill.teachers": 1},
         {"distill.teachers": -1, "distill.divergence": "top_k"},
     ):
