@@ -1,0 +1,1 @@
+"""Item embeddings to semantic ids: `python -m examples.quantize`."""
