@@ -28,6 +28,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 KEYS = ("general/exact", "general/perplexity", "hr@10", "ndcg@10", "hr@1")
 POINTS = ("before RL", "after RL", "distilled, general prompts alone", "distilled, mixed")
 KEPT = ("hr@10", "ndcg@10")
+COLOURS = ("#999999", "#D55E00", "#56B4E9", "#0072B2")
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def _spans(results: list[list[dict[str, Any]]], index: int) -> list[tuple[float,
 
 
 def draw(results: list[list[dict[str, Any]]], out: Path) -> None:
-    """General ability against NDCG@10, a line a seed."""
+    """General ability against NDCG@10: RL goes right and down, distillation goes up again."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -128,9 +129,10 @@ def draw(results: list[list[dict[str, Any]]], out: Path) -> None:
     axes = figure.add_subplot()
     for seed, points in enumerate(results):
         xs, ys = ([point[key] for point in points] for key in ("ndcg@10", "general/exact"))
-        axes.plot(xs, ys, color="0.7", zorder=1)
-        for x, y, marker, name in zip(xs, ys, "os^D", POINTS, strict=True):
-            axes.scatter(x, y, marker=marker, s=60, zorder=2, label=name if seed == 0 else None)
+        for start, end in ((0, 1), (1, 2), (1, 3)):
+            axes.plot([xs[start], xs[end]], [ys[start], ys[end]], color="0.75", linewidth=1.2, zorder=1)
+        for x, y, marker, colour, name in zip(xs, ys, "os^D", COLOURS, POINTS, strict=True):
+            axes.scatter(x, y, marker=marker, color=colour, s=60, zorder=2, label=name if seed == 0 else None)
     axes.set(xlabel="NDCG@10 of the recommendations", ylabel="general answers met to the letter", ylim=(0, 1.02))
     axes.legend()
     figure.savefig(out, format="png")

@@ -72,7 +72,7 @@ def draw(figures: dict[str, Any], sizes: tuple[int, ...], out: Path) -> None:
     used.bar(levels - 0.2, figures["used"], 0.4, label="codes that occur", color="#999999")
     used.bar(levels + 0.2, figures["perplexity"], 0.4, label="perplexity", color="#0072B2")
     used.plot(levels, sizes, "k_", markersize=24, label="codes of the level")
-    used.set(title="How codes are used", xlabel="level")
+    used.set(title="How codes are used", xlabel="level", ylim=(0, 1.4 * max(sizes)))
     used.legend(frameon=False)
     counted = {int(size): count for size, count in figures["clusters"].items()}
     clusters.bar(list(counted), list(counted.values()), color="#0072B2")
