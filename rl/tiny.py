@@ -20,8 +20,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(fmt: SidFormat) -> PreTrainedTokenizerFast:
-    """Any text as bytes, every SID token of the format as one token."""
+def build_tokenizer(fmt: SidFormat | None) -> PreTrainedTokenizerFast:
+    """Any text as bytes, every SID token of the format as one token; without a format text alone."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = [PAD, BOS, EOS, TURN_START, TURN_END]
     vocab = {token: index for index, token in enumerate([*specials, *alphabet])}
@@ -29,7 +29,8 @@ def build_tokenizer(fmt: SidFormat) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(specials)
-    core.add_tokens([AddedToken(token, normalized=False) for token in fmt.tokens()])
+    if fmt is not None:
+        core.add_tokens([AddedToken(token, normalized=False) for token in fmt.tokens()])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
     )

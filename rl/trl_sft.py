@@ -1,11 +1,13 @@
-"""Next-item SFT through TRL: the warm-up of small policies, and the control that RL is compared with."""
+"""SFT through TRL: the warm-up of small policies, the control that RL is compared with, and all of `examples`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -17,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import pack_dataset
 
 from configs.schema import WarmupConfig
 from rl.general import TextPrompt
@@ -45,6 +48,11 @@ def answer_rows(general: Sequence[TextPrompt]) -> Dataset:
             "labels": [[IGNORED] * len(row.prompt_ids) + list(row.answer_ids) for row in general],
         }
     )
+
+
+def packed(rows: Dataset, length: int) -> Dataset:
+    """Rows one after another, cut anew into rows of so many tokens: no token is padding, and none is lost."""
+    return pack_dataset(rows, length, "wrapped")
 
 
 class _Report(TrainerCallback):
@@ -96,8 +104,14 @@ def sft(
     every = max(1, steps_per_epoch // config.evals_per_epoch)
     if config.max_steps:
         every = min(every, config.max_steps)
-    arguments = SFTConfig(
-        output_dir=str(folder),
+    trainer = train_rows(
+        model,
+        tokenizer,
+        rows,
+        next_item_rows(valid, decoder),
+        folder,
+        report=report,
+        callbacks=[EarlyStoppingCallback(config.patience)],
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size,
@@ -106,9 +120,7 @@ def sft(
         weight_decay=config.weight_decay,
         lr_scheduler_type="linear",
         warmup_steps=min(20, steps_per_epoch),
-        eval_strategy="steps",
         eval_steps=every,
-        save_strategy="steps",
         save_steps=every,
         save_total_limit=1,
         save_only_model=True,
@@ -116,23 +128,56 @@ def sft(
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=max(1, every // 4),
-        report_to="none",
-        disable_tqdm=True,
         seed=seed,
         data_seed=seed,
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
     )
+    return trainer.model
+
+
+def train_rows(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    valid: Dataset,
+    folder: Path,
+    *,
+    report: Callable[[int, int, dict[str, float]], None],
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
+    **arguments: Any,
+) -> SFTTrainer:
+    """Supervised training on rows of token ids and labels, by TRL; the model is changed in place.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        tokenizer: its tokenizer.
+        rows: `input_ids` and `labels`, -100 where nothing is learned.
+        valid: the same, evaluated every `eval_steps`.
+        folder: where checkpoints go.
+        report: called with (step, steps, logs) as it goes.
+        callbacks: of transformers.
+        resume: go on from the newest checkpoint of the folder.
+        arguments: further fields of `trl.SFTConfig`.
+    """
+    settings: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        **arguments,
+    }
     trainer = SFTTrainer(
         model=model,
-        args=arguments,
+        args=SFTConfig(output_dir=str(folder), **settings),
         train_dataset=rows,
-        eval_dataset=next_item_rows(valid, decoder),
+        eval_dataset=valid,
         processing_class=tokenizer,
-        callbacks=[EarlyStoppingCallback(config.patience), _Report(report)],
+        callbacks=[*callbacks, _Report(report)],
     )
     trainer.remove_callback(PrinterCallback)  # what transformers prints where it shows no bar; `report` tells people
-    trainer.train()
-    return trainer.model
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer

