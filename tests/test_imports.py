@@ -77,8 +77,9 @@ def test_everything_imported_is_a_declared_dependency() -> None:
         declared = {re.split(r"[\[<>=~! ]", line)[0].lower() for line in lines}
         foreign = imported(path) - {*FOLDERS, *sys.stdlib_module_names, "__future__"}
         foreign -= {file.stem for file in path.parent.glob("*.py")}  # a script's neighbours
-        missing = {package for package in foreign if DISTRIBUTIONS.get(package, package.replace("_", "-")) not in declared}
-        assert not missing, f"{name_of(path)} imports {sorted(missing)}: add it to dependencies in pyproject.toml"
+        names = {DISTRIBUTIONS.get(package, package.replace("_", "-")) for package in foreign}
+        missing = sorted(names - declared)
+        assert not missing, f"{name_of(path)} imports {missing}: add it to dependencies in pyproject.toml"
 
 
 def test_the_lock_pins_every_dependency() -> None:

@@ -30,7 +30,9 @@ from rollout.data import load_world
 from rollout.sid import Sid
 
 
-def new(out: Path, hidden_size: int = 128, layers: int = 4, heads: int = 4, seed: int = 0) -> None:
+def new(
+    out: Path, hidden_size: int = 128, layers: int = 4, heads: int = 4, dropout: float = 0.0, seed: int = 0
+) -> None:
     """Make a small text model with random weights, to start from where no other is at hand.
 
     Args:
@@ -38,12 +40,13 @@ def new(out: Path, hidden_size: int = 128, layers: int = 4, heads: int = 4, seed
         hidden_size: width.
         layers: layers.
         heads: attention heads.
+        dropout: on attention weights while it trains.
         seed: of the weights.
     """
     _free(out)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(None)
-    model = build_model(tokenizer, hidden_size=hidden_size, layers=layers, heads=heads)
+    model = build_model(tokenizer, hidden_size=hidden_size, layers=layers, heads=heads, dropout=dropout)
     save_whole(out, lambda folder: save_policy(model, tokenizer, folder))
     console.print(f"{model.num_parameters() / 1e6:.2f}M parameters in {out}", markup=False)
 

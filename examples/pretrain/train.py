@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from examples.pretrain.sources import RowMaker, Source, mixture, read_source
@@ -55,7 +55,8 @@ class StageSettings:
         lora_r: rank of lora.
         lora_alpha: scale of lora.
         evaluate_every: steps between evaluations.
-        save_every: steps between checkpoints.
+        save_every: steps between checkpoints; a multiple of `evaluate_every` with `patience`.
+        patience: evaluations without a better loss before it stops; the best model is kept. 0 keeps the last.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         dtype: float32 or bfloat16; auto is bfloat16 on GPU.
         seed: of everything that is drawn.
@@ -85,6 +86,7 @@ class StageSettings:
     lora_alpha: int = 32
     evaluate_every: int = 200
     save_every: int = 200
+    patience: int = 0
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
@@ -98,6 +100,8 @@ class StageSettings:
         for name in ("max_length", "batch_size", "accumulate", "evaluate_every", "save_every", "lora_r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.patience and self.save_every % self.evaluate_every:
+            raise ValueError(f"save_every={self.save_every} must be a multiple of evaluate_every={self.evaluate_every}")
 
 
 def run_stage(settings: StageSettings, progress: Progress) -> Path:
@@ -136,16 +140,18 @@ def run_stage(settings: StageSettings, progress: Progress) -> Path:
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     model = trainable(model, settings)
     progress.say(f"{len(rows):,} rows of up to {settings.max_length} tokens; {describe(model)}")
+    early = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
     board = TensorBoardCallback(SummaryWriter(str(settings.out / "tensorboard")))
     trainer = train_rows(
-        model, tokenizer, rows, judged, settings.out / "checkpoints", resume=settings.resume, callbacks=[board],
+        model, tokenizer, rows, judged, settings.out / "checkpoints", resume=settings.resume, callbacks=[board, *early],
         report=lambda step, steps, logs: progress.update(settings.train, step, steps, logs),
         num_train_epochs=settings.epochs, max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate, learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_schedule, warmup_steps=settings.warmup_steps,
         weight_decay=0.0 if settings.train == "new_rows" else settings.weight_decay,
-        eval_steps=settings.evaluate_every, save_steps=settings.save_every, save_total_limit=2, logging_steps=10,
+        eval_steps=settings.evaluate_every, save_steps=settings.save_every, save_total_limit=2, logging_steps=10, load_best_model_at_end=bool(early),
+        metric_for_best_model="eval_loss", greater_is_better=False,
         gradient_checkpointing=settings.gradient_checkpointing, bf16=half, seed=settings.seed, data_seed=settings.seed,
     )  # fmt: skip
     whole = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model

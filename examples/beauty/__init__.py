@@ -1,0 +1,1 @@
+"""Amazon Beauty by leave-one-out, from raw sequences to a post-trained policy: `python -m examples.beauty`."""
