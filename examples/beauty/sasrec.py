@@ -108,8 +108,9 @@ def evaluate_sasrec(model: SASRec, world: World, split: str, length: int = 50, w
         [record.gains for record in records],
         catalog,
         bootstrap=1,
+        seed=0,
     )
-    return result.values
+    return dict(result.values)
 
 
 def _batches(records: Sequence[Record], size: int) -> list[Sequence[Record]]:

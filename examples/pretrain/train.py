@@ -150,7 +150,8 @@ def run_stage(settings: StageSettings, progress: Progress) -> Path:
         gradient_accumulation_steps=settings.accumulate, learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_schedule, warmup_steps=settings.warmup_steps,
         weight_decay=0.0 if settings.train == "new_rows" else settings.weight_decay,
-        eval_steps=settings.evaluate_every, save_steps=settings.save_every, save_total_limit=2, logging_steps=10, load_best_model_at_end=bool(early),
+        eval_steps=settings.evaluate_every, save_steps=settings.save_every, save_total_limit=2, logging_steps=10,
+        load_best_model_at_end=bool(early),
         metric_for_best_model="eval_loss", greater_is_better=False,
         gradient_checkpointing=settings.gradient_checkpointing, bf16=half, seed=settings.seed, data_seed=settings.seed,
     )  # fmt: skip
