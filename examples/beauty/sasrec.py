@@ -60,7 +60,8 @@ class SASRec(nn.Module):
 
 def train_sasrec(
     world: World, progress: Progress, *, length: int = 50, width: int = 64, layers: int = 2, heads: int = 1,
-    dropout: float = 0.5, epochs: int = 200, patience: int = 10, batch: int = 128, learning_rate: float = 1e-3, seed: int = 0,
+    dropout: float = 0.5, epochs: int = 200, patience: int = 10, batch: int = 128, learning_rate: float = 1e-3,
+    seed: int = 0,
 ) -> SASRec:  # fmt: skip
     """Train on each user's whole training sequence; stops when NDCG@10 on valid has not risen for `patience` epochs."""
     torch.manual_seed(seed)

@@ -153,7 +153,8 @@ def run_stage(settings: StageSettings, progress: Progress) -> Path:
         eval_steps=settings.evaluate_every, save_steps=settings.save_every, save_total_limit=2, logging_steps=10,
         load_best_model_at_end=bool(early),
         metric_for_best_model="eval_loss", greater_is_better=False,
-        gradient_checkpointing=settings.gradient_checkpointing, bf16=half, seed=settings.seed, data_seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing, bf16=half,
+        train_sampling_strategy="random" if settings.packing else "group_by_length", seed=settings.seed, data_seed=settings.seed,
     )  # fmt: skip
     whole = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
     return save_whole(final, lambda folder: _save(whole, tokenizer, settings, folder))
