@@ -1,7 +1,7 @@
 """SASRec (Kang and McAuley, arXiv 1808.09781), the baseline that everybody knows, trained on the same rows.
 
-With the loss of a softmax over all items instead of one sampled negative, which is known to be the stronger form (Klenitskiy
-and Vasilev, arXiv 2309.07602).
+With the loss of a softmax over all items instead of one sampled negative, which is known to be the stronger form
+(Klenitskiy and Vasilev, arXiv 2309.07602).
 
     python -m examples.beauty.sasrec --data WORLD --out sasrec.json
 

@@ -154,7 +154,8 @@ def run_stage(settings: StageSettings, progress: Progress) -> Path:
         load_best_model_at_end=bool(early),
         metric_for_best_model="eval_loss", greater_is_better=False,
         gradient_checkpointing=settings.gradient_checkpointing, bf16=half,
-        train_sampling_strategy="random" if settings.packing else "group_by_length", seed=settings.seed, data_seed=settings.seed,
+        train_sampling_strategy="random" if settings.packing else "group_by_length",
+        seed=settings.seed, data_seed=settings.seed,
     )  # fmt: skip
     whole = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
     return save_whole(final, lambda folder: _save(whole, tokenizer, settings, folder))
