@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import numpy as np
 import yaml
 from scipy.stats import t
 
+from examples.stages import run_module
 from rl.progress import console, fail_clearly
 
 HERE = Path(__file__).parent
@@ -80,12 +79,7 @@ def run(folder: Path, options: list[str], threads: int) -> Summary:
     if not summary.exists():
         folder.mkdir(parents=True, exist_ok=True)
         where = "--resume" if (folder / "config.yaml").exists() else "--output_dir"
-        command = [sys.executable, "-m", "rl.train", where, str(folder), *options]
-        with (folder / "log.txt").open("a") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        if done.returncode:
-            raise ValueError(f"a run failed; the end of {folder / 'log.txt'} says why")
+        run_module("rl.train", [where, str(folder), *options], folder / "log.txt", threads=threads)
         console.print(f"{folder}: {json.loads(summary.read_text())['seconds']:.0f} s", markup=False)
     loaded: Summary = json.loads(summary.read_text())
     return loaded

@@ -123,7 +123,7 @@ def _likeliest(model: SASRec, records: Sequence[Record], length: int, width: int
     items_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     last_B = torch.tensor([len(row) - 1 for row in rows])
     hidden_BD = model(items_BT)[torch.arange(len(rows)), last_B]
-    return model.logits(hidden_BD).topk(width, dim=1).indices.tolist()
+    return model.logits(hidden_BD).topk(min(width, model.items.num_embeddings - 1), dim=1).indices.tolist()
 
 
 def run(data: Path, out: Path, seed: int = 0, epochs: int = 200) -> None:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from examples.distill.tasks import write_tasks
+from examples.stages import run_module
 from rl.progress import console, fail_clearly
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -55,15 +54,16 @@ def run(folder: Path, seed: int, known: argparse.Namespace, options: list[str]) 
     """Metrics of one seed at the three points."""
     folder.mkdir(parents=True, exist_ok=True)
     train, test = write_tasks(folder, seed)
+    log = folder / "log.txt"
     threads = max(1, (os.cpu_count() or 1) // known.jobs)
     policy = folder / "policy"
     if not (policy / "config.json").exists():
-        call(folder, threads, "examples.distill.cotrain", [str(policy), str(train), str(seed)])
+        run_module("examples.distill.cotrain", [str(policy), str(train), str(seed)], log, threads=threads)
     common = ["--config", str(CONFIG), f"--seed={seed}", f"--eval.general={test}", *options]
     rl = folder / "rl"
     if not (rl / "summary.json").exists():
         more = [f"--model.path={policy}", f"--rl.steps={known.steps}", "--output.merged_model=true"]
-        call(folder, threads, "rl.train", [*common, *more, f"--output_dir={rl}"])
+        run_module("rl.train", [*common, *more, f"--output_dir={rl}"], log, threads=threads)
     distilled = {folder / "alone": 0.0, folder / "mixed": known.weight}
     for out, weight in distilled.items():
         if not (out / "summary.json").exists():
@@ -78,23 +78,9 @@ def run(folder: Path, seed: int, known: argparse.Namespace, options: list[str]) 
                 f"--rl.steps={known.distill_steps}",
                 "--eval.before=false",
             ]
-            call(folder, threads, "distill.train", [*common, *more, f"--output_dir={out}"])
+            run_module("distill.train", [*common, *more, f"--output_dir={out}"], log, threads=threads)
     first, *later = (json.loads((path / "summary.json").read_text()) for path in (rl, *distilled))
     return [first["before"], first["after"], *(summary["after"] for summary in later)]
-
-
-def call(folder: Path, threads: int, module: str, options: list[str]) -> None:
-    """Run a module; what it prints goes to `log.txt`.
-
-    Raises:
-        ValueError: when it failed.
-    """
-    with (folder / "log.txt").open("a") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run([sys.executable, "-m", module, *options], stdout=log, stderr=log, env=environment)
-    if done.returncode:
-        raise ValueError(f"{module} failed; the end of {folder / 'log.txt'} says why")
-    console.print(f"{folder}: {module} done", markup=False)
 
 
 def table(results: list[list[dict[str, Any]]]) -> str:

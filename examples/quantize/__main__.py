@@ -16,7 +16,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from examples.quantize.auto import ensure_sids
-from examples.quantize.features import Features, embed_sequences, embed_texts, read_features
+from examples.quantize.features import Features, embed_sequences, embed_texts, read_features, read_items
 from examples.quantize.sids import FILE, QuantizeSettings
 from rl.progress import Progress, console, fail_clearly
 
@@ -41,7 +41,7 @@ def run(
         texts: Parquet or JSON with item texts, embedded by `text_model`.
         text_model: folder of a sentence-transformers model.
         sequences: a line for each user (the user, then items in time order): collaborative embeddings by item2vec.
-        items: text file with an item id a line: the catalogue, where some items may have no embedding.
+        items: the catalogue, where some items may have no embedding: Parquet with `item_id`, or text with an id a line.
         dimensions: of collaborative embeddings.
         leave_out: newest items of each user that collaborative embeddings are not learned from.
         force: make Sids anew where there are some.
@@ -53,7 +53,7 @@ def run(
     if (texts is None) != (text_model is None):
         raise ValueError("texts and text_model go together: a model embeds texts")
     progress = Progress()
-    names = items.read_text(encoding="utf-8").split() if items else []
+    names = read_items(items) if items else []
 
     def embeddings() -> Features | None:
         progress.say(f"embeddings from {given[0] if given else 'nowhere'}")

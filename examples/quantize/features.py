@@ -70,6 +70,18 @@ def read_features(files: Sequence[Path]) -> Features:
     return Features(tuple(order), means_ND.astype(np.float32), tuple(problems))
 
 
+def read_items(file: Path) -> list[str]:
+    """Item ids of a Parquet file with `item_id`, or of a text file with one a line.
+
+    Raises:
+        DataError: when the file cannot be read.
+    """
+    if file.suffix == ".parquet":
+        ids: list[str] = cast_column(file, read_parquet(file, ["item_id"]), "item_id", pa.string()).to_pylist()
+        return ids
+    return [line.strip() for _, line in read_lines(file)]
+
+
 def embed_texts(file: Path, model: Path, batch: int = 64) -> Features:
     """Embeddings of item texts by a sentence-transformers model in a local folder.
 
