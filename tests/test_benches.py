@@ -33,6 +33,12 @@ BENCHES = [
         id="distill",
     ),
     pytest.param(
+        "quantize",
+        ["--items", "600", "--dimensions", "8", "--levels", "2", "--codes", "16"],
+        {"rq_kmeans_s", "rq_vae_s", "rq_kmeans_error", "rq_vae_error"},
+        id="quantize",
+    ),
+    pytest.param(
         "iteration",
         [*SMALL, "--engine", "hf"],
         {"ours_s", "trl_s", "ratio", "phases"},

@@ -6,7 +6,9 @@ import gzip
 import json
 from collections import Counter
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from examples.build.__main__ import check_kling, sequences, world
 from examples.build.amazon import Review, Window, active, build_amazon, by_time, month, windows
 from examples.build.kling import COLUMNS, FORMAT, build_kling, parse_codes
 from examples.build.playlists import build_playlists, expand, set_metrics
+from examples.build.preferences import ask_all, chat_api, is_right, keep_right, questions
 from examples.build.rows import LeftOut, Row, leave_one_out, with_sids
 from examples.build.shards import write_split
 from examples.build.tasks import CHATS, TEXTS, build_tasks
@@ -315,3 +318,65 @@ def test_concepts_are_expanded(tmp_path: Path) -> None:
     thirds = {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
     assert set_metrics(catalog, [of[0], of[0]], (0, 1, 3)) == pytest.approx(thirds)
     assert set_metrics(catalog, [of[5]], (0,)) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+# --- preferences
+
+
+def test_preferences(tmp_path: Path) -> None:
+    """Asked once, saved as they come, taken up after a break; right answers become chats."""
+    asked = list(questions(shop(), 10, max_history=3, seed=0))
+    assert [question.right for question in asked] == ["yes", "no"] * 5
+    assert all("Title" in question.text for question in asked)
+    calls: list[str] = []
+
+    def breaks(system: str, text: str) -> str:
+        if len(calls) == 4:
+            raise ConnectionError("gone")
+        calls.append(text)
+        return "Yes."
+
+    with pytest.raises(ConnectionError):
+        ask_all(asked, tmp_path, breaks, lambda done, all_: None)
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write('{"question": "cut')
+    later: list[str] = []
+
+    def goes_on(_: str, text: str) -> str:
+        later.append(text)
+        return "no"
+
+    answers = ask_all(asked, tmp_path, goes_on, lambda done, all_: None)
+    assert calls == [question.text for question in asked[:4]] and later == [question.text for question in asked[4:]]
+    assert keep_right(asked, answers, tmp_path) == {"questions": 10, "right": 2 + 3}
+    rows, problems = read_source(Source(tmp_path / "train.parquet"), RowMaker(build_tokenizer(None)))
+    assert len(rows) == 5 and not problems
+    assert [is_right(said, "no") for said in ("No, never", "yes and no", "nothing", "")] == [True, False, False, False]
+    with pytest.raises(DataError, match="none of 10 answers is right"):
+        keep_right(asked, [{"said": "perhaps"}] * 10, tmp_path)
+
+
+def test_a_chat_api_is_asked(tmp_path: Path) -> None:
+    """A server of this test's own answers what the client sends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            said = f"{sent['model']} heard {sent['messages'][1]['content']}"
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
+            body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        answer = chat_api("judge", f"http://127.0.0.1:{server.server_port}/v1")
+        assert answer("system", "a question") == "judge heard a question"
+    finally:
+        server.shutdown()
