@@ -41,15 +41,16 @@ class SASRec(nn.Module):
         super().__init__()
         self.items = nn.Embedding(items + 1, width, padding_idx=0)
         self.places = nn.Embedding(length, width)
-        nn.init.normal_(self.items.weight, std=0.02)
-        self.dropout = nn.Dropout(dropout)
+        for layer in (self.items, self.places):
+            nn.init.normal_(layer.weight, std=width**-0.5)
+        self.dropout, self.scale = nn.Dropout(dropout), width**0.5
         block = nn.TransformerEncoderLayer(width, heads, width, dropout, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
 
     def forward(self, items_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, D] of right-padded sequences."""
         length = items_BT.shape[1]
-        hidden_BTD = self.dropout(self.items(items_BT) + self.places.weight[:length])
+        hidden_BTD = self.dropout(self.items(items_BT) * self.scale + self.places.weight[:length])
         mask_TT = nn.Transformer.generate_square_subsequent_mask(length, device=items_BT.device)
         return self.blocks(hidden_BTD, mask=mask_TT, is_causal=True)
 
