@@ -25,6 +25,7 @@ from examples.pretrain.checks import check_model
 from examples.pretrain.train import EXPANSION, StageSettings, run_stage, save_whole
 from examples.pretrain.vocabulary import expand_vocabulary
 from rl.progress import Progress, console, fail_clearly
+from rl.quiet import quiet_libraries
 from rl.tiny import build_model, build_tokenizer, save_policy
 from rollout.data import load_world
 from rollout.sid import Sid
@@ -149,5 +150,6 @@ def _free(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    quiet_libraries(None)
     with fail_clearly():
         auto_cli({"new": new, "expand": expand, "train": train, "merge": merge, "test": test}, as_positional=False)

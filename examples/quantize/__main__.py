@@ -23,7 +23,7 @@ from rl.progress import Progress, console, fail_clearly
 
 def run(
     out: Path,
-    features: list[Path] | None = None,
+    features: Path | list[Path] | None = None,
     texts: Path | None = None,
     text_model: Path | None = None,
     sequences: Path | None = None,
@@ -37,7 +37,7 @@ def run(
 
     Args:
         out: folder for `semantic_id_dict.json`, `sids.json`, `quality.json` and `report.png`.
-        features: Parquet files with `item_id` and `embedding`; several rows of an item are averaged.
+        features: Parquet file with `item_id` and `embedding`, or a list of such; several rows of an item are averaged.
         texts: Parquet or JSON with item texts, embedded by `text_model`.
         text_model: folder of a sentence-transformers model.
         sequences: a line for each user (the user, then items in time order): collaborative embeddings by item2vec.
@@ -58,7 +58,7 @@ def run(
     def embeddings() -> Features | None:
         progress.say(f"embeddings from {given[0] if given else 'nowhere'}")
         if features:
-            return read_features(features)
+            return read_features([features] if isinstance(features, Path) else features)
         if texts and text_model:
             return embed_texts(texts, text_model)
         if sequences:

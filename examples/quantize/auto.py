@@ -52,7 +52,7 @@ def ensure_sids(
         ValueError: when there are fewer items than codes of a level.
     """
     if (folder / FILE).exists() and not force:
-        return _found(folder, item_ids, progress)
+        return _found(folder, item_ids, settings, progress)
     if os.environ.get(FORBID) == "1":
         raise DataError(f"{folder / FILE} is not there, and {FORBID}=1 forbids making it")
     found = features()
@@ -78,7 +78,7 @@ def ensure_sids(
     return sids
 
 
-def _found(folder: Path, item_ids: Sequence[str], progress: Progress) -> SemanticIds:
+def _found(folder: Path, item_ids: Sequence[str], settings: QuantizeSettings, progress: Progress) -> SemanticIds:
     start, sids = time.perf_counter(), SemanticIds.load(folder)
     known = set(sids.item_ids)
     lacking = [item for item in item_ids if item not in known]
@@ -86,6 +86,8 @@ def _found(folder: Path, item_ids: Sequence[str], progress: Progress) -> Semanti
         raise DataError(
             f"{folder / FILE}: {len(lacking):,} items have no Sid, such as {lacking[:3]}; make them anew (force)"
         )
+    if sids.made.get("settings") != asdict(settings):
+        progress.say(f"warning: the Sids in {folder} were made with other settings; force makes them anew")
     progress.say(f"found {len(sids.item_ids):,} Sids in {folder} ({time.perf_counter() - start:.1f} s)")
     return sids
 

@@ -161,6 +161,8 @@ def test_sids_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     said = progress.snapshot().messages
     assert said[0] == "warning: 1 items have no embedding and take the mean of all, such as ['stranger']"
     assert said[1].startswith("made Sids for 61 items") and said[2].startswith("found 61 Sids")
+    ensure_sids(folder, embeddings, (), QuantizeSettings(levels=3, codes=8), progress)
+    assert "were made with other settings" in progress.snapshot().messages[3]
     with pytest.raises(DataError, match=r"1 items have no Sid, such as \['other'\]; make them anew"):
         ensure_sids(folder, embeddings, ("i3", "other"), given, progress)
     monkeypatch.delenv(FORBID)
