@@ -195,6 +195,11 @@ def _distill(config: RunConfig) -> Iterator[str]:
             f"distill.recommendation={settings.recommendation} holds recommendations as they are, and "
             f"distill.every={settings.every} trains them by {config.algo}: it is for distill.every=1"
         )
+    if settings.recommendation and (config.rollout.sampler != "sample" or config.rollout.top_p < 1):
+        yield (
+            f"distill.recommendation={settings.recommendation} needs the policy's own draws: set rollout.sampler=sample "
+            f"(it is {config.rollout.sampler}) and rollout.top_p=1 (it is {config.rollout.top_p})"
+        )
     if settings.every and config.rollout.max_staleness:
         yield f"distill.every={settings.every} and rollout.max_staleness={config.rollout.max_staleness}: take one"
     groups, prompts = config.rl.micro_batch_groups, config.rl.prompts_per_step

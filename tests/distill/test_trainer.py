@@ -172,6 +172,8 @@ def test_what_does_not_go(make_run: MakeTrainer, settings: dict[str, Any], promp
         {"algo": "pl", "distill.every": 0, "distill.weight": 1},
         {"lora.enabled": False, "distill.teacher": None},
         {"distill.recommendation": 1.0, "distill.every": 2},
+        {"distill.recommendation": 1.0, "rollout.sampler": "unique"},
+        {"distill.recommendation": 1.0, "rollout.top_p": 0.9},
         {"distill.teachers": 1},
         {"distill.teachers": -1, "distill.divergence": "top_k"},
     ):
