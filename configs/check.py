@@ -197,8 +197,8 @@ def _distill(config: RunConfig) -> Iterator[str]:
         )
     if settings.recommendation and (config.rollout.sampler != "sample" or config.rollout.top_p < 1):
         yield (
-            f"distill.recommendation={settings.recommendation} needs the policy's own draws: rollout.sampler=sample (it is "
-            f"{config.rollout.sampler}) and rollout.top_p=1 (it is {config.rollout.top_p})"
+            f"distill.recommendation={settings.recommendation} needs the policy's own draws: rollout.sampler="
+            f"{config.rollout.sampler} must be sample, and rollout.top_p={config.rollout.top_p} must be 1"
         )
     if settings.every and config.rollout.max_staleness:
         yield f"distill.every={settings.every} and rollout.max_staleness={config.rollout.max_staleness}: take one"
