@@ -2,10 +2,10 @@
 
     python -m examples.beauty --file ../shared/data/amazon-beauty/sequential_data_processed.txt
 
-Sids come from collaborative embeddings of the training part (item2vec, residual k-means, one more code where items
-collide). A small policy learns users' whole sequences from scratch, then GRPO goes on from it, on the same rows. Each
-stage is a command of its own that this script only calls; finished stages are not run again. Options that this script
-does not know go to `rl.train`. The last lines are the table of `docs/results.md`.
+Sids come from collaborative embeddings of the training part (factorised PMI, residual k-means, one more code where
+items collide). A small policy learns users' whole sequences from scratch, then GRPO goes on from it, on the same rows.
+Each stage is a command of its own that this script only calls; finished stages are not run again. Options that this
+script does not know go to `rl.train`. The last lines are the table of `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run(known: argparse.Namespace, more: list[str]) -> dict[str, dict[str, Any]]
         *codes,
     )  # fmt: skip
     stage(world, "examples.build", "world", "--rows", str(rows), "--sids", str(sids), "--out", str(world))
-    model = ["--hidden_size", "128", "--layers", "4", "--heads", "4", "--dropout", "0.1", "--seed", seed]
+    model = ["--hidden_size", "128", "--layers", "4", "--heads", "4", "--dropout", "0.3", "--seed", seed]
     stage(at / "base", "examples.pretrain", "new", "--out", str(at / "base"), *model)
     items = ["--model", str(at / "base"), "--data", str(world), "--noise", "1.0", "--out", str(at / "items")]
     stage(at / "items", "examples.pretrain", "expand", *items)

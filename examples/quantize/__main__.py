@@ -28,7 +28,7 @@ def run(
     text_model: Path | None = None,
     sequences: Path | None = None,
     items: Path | None = None,
-    dimensions: int = 32,
+    dimensions: int = 64,
     leave_out: int = 2,
     force: bool = False,
     quantizer: QuantizeSettings = QuantizeSettings(),  # noqa: B008
@@ -40,7 +40,7 @@ def run(
         features: Parquet file with `item_id` and `embedding`, or a list of such; several rows of an item are averaged.
         texts: Parquet or JSON with item texts, embedded by `text_model`.
         text_model: folder of a sentence-transformers model.
-        sequences: a line for each user (the user, then items in time order): collaborative embeddings by item2vec.
+        sequences: a line for each user (the user, then items in time order): collaborative embeddings.
         items: the catalogue, where some items may have no embedding: Parquet with `item_id`, or text with an id a line.
         dimensions: of collaborative embeddings.
         leave_out: newest items of each user that collaborative embeddings are not learned from.
@@ -62,7 +62,7 @@ def run(
         if texts and text_model:
             return embed_texts(texts, text_model)
         if sequences:
-            return embed_sequences(sequences, dimensions=dimensions, leave_out=leave_out, seed=quantizer.seed)
+            return embed_sequences(sequences, dimensions=dimensions, leave_out=leave_out)
         return None
 
     with progress.shown():

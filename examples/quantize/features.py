@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy.sparse import coo_array
+from scipy.sparse.linalg import svds
 
 from rollout.data.files import cast_column, read_json, read_lines, read_parquet
 from rollout.data.problems import DataError, Problem
@@ -108,37 +110,54 @@ def embed_texts(file: Path, model: Path, batch: int = 64) -> Features:
     return Features(tuple(texts), vectors_ND.astype(np.float32), tuple(problems))
 
 
-def embed_sequences(file: Path, *, dimensions: int, leave_out: int, seed: int, epochs: int = 20) -> Features:
-    """Collaborative embeddings where there is no text: item2vec (Barkan and Koenigstein, arXiv 1603.04259) by gensim.
+def embed_sequences(file: Path, *, dimensions: int, leave_out: int, window: int = 5, shift: float = 1.0) -> Features:
+    """Collaborative embeddings where there is no text: the shifted positive PMI of items near each other, factorised.
 
-    Items taken by the same people near each other come near each other. Workers are one, so that a seed gives the same
-    vectors again.
+    That is what item2vec (arXiv 1603.04259) approaches by sampling (Levy and Goldberg, NIPS 2014), found exactly and
+    the same each time.
 
     Args:
         file: a line for each user: the user, then items in time order, separated by spaces.
         dimensions: D.
         leave_out: newest items of each user that are not learned from (those to be predicted: 2 for leave-one-out).
-        seed: of the initial vectors and the negative samples.
-        epochs: passes over the sequences.
+        window: items up to so many places apart are near each other.
+        shift: what is taken off the PMI, in nats (log of the negative samples of item2vec), unless it leaves nothing.
 
     Raises:
-        DataError: when the file cannot be read, or holds no sequence.
+        DataError: when the file cannot be read, or its sequences tell nothing.
+        ValueError: when there are no more items than dimensions.
     """
-    from gensim.models import Word2Vec
-
-    lines = [line.split()[1:] for _, line in read_lines(file) if line.strip()]
-    sequences = [items[: len(items) - leave_out] for items in lines if len(items) > leave_out]
-    if not sequences:
-        raise DataError(f"{file}: no user with more than {leave_out} items; a line is a user and then items")
-    model = Word2Vec(
-        sequences, vector_size=dimensions, window=5, min_count=1, sg=1, negative=10, epochs=epochs, seed=seed, workers=1
-    )
+    lines = [line.split()[1:] for _, line in read_lines(file)]
+    sequences = [items[: len(items) - leave_out] for items in lines]
     names = tuple(dict.fromkeys(item for items in lines for item in items))
-    known: dict[str, np.ndarray] = {name: model.wv[name] for name in names if name in model.wv}
-    # An item that is never learned from stands in the middle of all: nothing is known of it.
-    middle: np.ndarray = np.mean(list(known.values()), axis=0)
-    vectors_ND = np.stack([known.get(name, middle) for name in names]).astype(np.float32)
-    return Features(names, vectors_ND)
+    index = {name: row for row, name in enumerate(names)}
+    pairs = [
+        (index[one], index[other])
+        for items in sequences
+        for place, one in enumerate(items)
+        for other in items[max(0, place - window) : place]
+        if one != other
+    ]
+    if not pairs:
+        raise DataError(
+            f"{file}: no user with two items beside {leave_out} that are left out; a line is a user, then items"
+        )
+    if dimensions >= len(names):
+        raise ValueError(f"dimensions={dimensions} must be below the number of items, {len(names)}")
+    rows, columns = np.array([*pairs, *((two, one) for one, two in pairs)]).T
+    near_NN = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(names), len(names))).tocsr().tocoo()
+    count_N = near_NN.sum(axis=1)
+    pmi = np.log(near_NN.data * count_N.sum() / (count_N[near_NN.row] * count_N[near_NN.col]))
+    pmi -= shift if bool((pmi > shift).any()) else 0.0
+    kept = pmi > 0
+    if not kept.any():
+        raise DataError(f"{file}: any items stand near any others as often: there is nothing to learn from")
+    ppmi_NN = coo_array((pmi[kept], (near_NN.row[kept], near_NN.col[kept])), shape=near_NN.shape).tocsr()
+    left_ND, values_D, _ = svds(ppmi_NN, k=dimensions, rng=np.random.default_rng(0))
+    vectors_ND = left_ND * np.sqrt(values_D)
+    # An item of which nothing is known stands in the middle of all.
+    vectors_ND[count_N == 0] = vectors_ND[count_N > 0].mean(axis=0)
+    return Features(names, vectors_ND.astype(np.float32))
 
 
 def _texts(file: Path) -> tuple[dict[str, str], list[Problem]]:
