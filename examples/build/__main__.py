@@ -1,15 +1,15 @@
 """Raw data to training sets, each command with counts of what was left out and why.
 
-python -m examples.build sequences --file sequential_data_processed.txt --out rows
-python -m examples.quantize --sequences rows/sequences.txt --leave_out 0 --out sids
-python -m examples.build world --rows rows --sids sids --out world
-python -m rollout.check world
+    python -m examples.build sequences --file sequential_data_processed.txt --out rows
+    python -m examples.quantize --sequences rows/sequences.txt --leave_out 0 --out sids
+    python -m examples.build world --rows rows --sids sids --out world
+    python -m rollout.check world
 
     python -m examples.build amazon --reviews reviews.json.gz --start 2016-10 --end 2018-11 --out rows
-python -m examples.build kling --file log.tsv --out kling && python -m examples.build check_kling --folder kling
-python -m examples.build tasks --data world --out onerec --domain product
-python -m examples.build preferences --data world --out preferences --model NAME --base_url http://localhost:8000/v1
-python -m examples.build playlists --file playlists.jsonl --sids sids --out world
+    python -m examples.build kling --file log.tsv --out kling && python -m examples.build check_kling --folder kling
+    python -m examples.build tasks --data world --out onerec --domain product
+    python -m examples.build preferences --data world --out preferences --model NAME --base_url http://localhost:8000/v1
+    python -m examples.build playlists --file playlists.jsonl --sids sids --out world
 """
 
 from __future__ import annotations
