@@ -59,7 +59,8 @@ def run(folder: Path, seed: int, known: argparse.Namespace, options: list[str]) 
     policy = folder / "policy"
     if not (policy / "config.json").exists():
         run_module("examples.distill.cotrain", [str(policy), str(train), str(seed)], log, threads=threads)
-    common = ["--config", str(CONFIG), f"--seed={seed}", f"--eval.general={test}", *options]
+    # The policy's heads are 40 wide, for which vLLM has no code on CPU.
+    common = ["--config", str(CONFIG), f"--seed={seed}", f"--eval.general={test}", "--rollout.engine=hf", *options]
     rl = folder / "rl"
     if not (rl / "summary.json").exists():
         more = [f"--model.path={policy}", f"--rl.steps={known.steps}", "--output.merged_model=true"]
