@@ -10,6 +10,8 @@
     python -m examples.build tasks --data world --out onerec --domain product
     python -m examples.build preferences --data world --out preferences --model NAME --base_url http://localhost:8000/v1
     python -m examples.build playlists --file playlists.jsonl --sids sids --out world
+
+Folders appear whole or not at all.
 """
 
 from __future__ import annotations
