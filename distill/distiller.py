@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from configs.schema import RunConfig
 from distill.losses import Divergence
@@ -21,7 +20,7 @@ from distill.scoring import Teacher, TextLoss, Told, text_loss
 from distill.vocabulary import SharedVocabulary, text_before_items
 from rl.batch import Batch, pad_rows
 from rl.general import General, TextPrompt, read_general, tokenise_general
-from rl.task import Task, refuse_bad_rows
+from rl.task import Task, read_model, refuse_bad_rows
 from rollout.hf_engine import open_policy
 from rollout.ray_fleet import Fleet
 from rollout.types import Sampling, Thought
@@ -62,10 +61,10 @@ class Distiller:
     def __init__(self, config: RunConfig, task: Task, policy: torch.nn.Module, device: torch.device) -> None:
         self.settings, self.config, self.tokenizer = config.distill, config, task.tokenizer
         path = Path(self.settings.teacher or task.model_path)
-        size = AutoConfig.from_pretrained(path).get_text_config().vocab_size
+        known, tokenizer = read_model(path, "distill.teacher", config.model.trust_remote_code)
+        size = known.get_text_config().vocab_size
         student_size = policy.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         items = np.concatenate([np.arange(first, stop) for first, stop in task.decoder.sid_tokens])
-        tokenizer = AutoTokenizer.from_pretrained(path)
         self.shared = SharedVocabulary.of(task.tokenizer, tokenizer, student_size, size).without(items)
         self.banned = task.decoder.sid_tokens
         self.divergence = Divergence(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from configs.schema import RunConfig
 from rewards.runner import RewardSet
@@ -158,6 +158,24 @@ def policy_folder(config: RunConfig, world: World, folder: Path, say: Say, warm_
     return policy
 
 
+def read_model(path: Path, setting: str, trust: bool = False) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a model's folder.
+
+    Args:
+        path: the folder.
+        setting: what names it, for messages.
+        trust: run code that comes with it.
+
+    Raises:
+        ValueError: when they cannot be read.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        return settings, AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{setting}={path}: no model and tokenizer could be read from it: {error}") from error
+
+
 def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) -> Task:
     """Tokenizer, trie, samples and rewards, checked against each other.
 
@@ -172,11 +190,7 @@ def prepare_task(config: RunConfig, world: World, model_path: Path, say: Say) ->
             f"model.path={model_path} is an adapter, not a whole model: --output.merged_model of the run that made it "
             "writes one, also when it is resumed"
         )
-    try:
-        model_config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path={model_path}: no model and tokenizer could be read from it: {error}") from error
+    model_config, tokenizer = read_model(model_path, "model.path", trust)
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     try:
         vocab = sid_vocab(world.catalog.format, tokenizer)

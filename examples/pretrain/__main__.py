@@ -19,13 +19,14 @@ from typing import Literal
 import torch
 from jsonargparse import auto_cli
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from examples.pretrain.checks import check_model
 from examples.pretrain.train import EXPANSION, StageSettings, run_stage, save_whole
 from examples.pretrain.vocabulary import expand_vocabulary
 from rl.progress import Progress, console, fail_clearly
 from rl.quiet import quiet_libraries
+from rl.task import read_model
 from rl.tiny import build_model, build_tokenizer, save_policy
 from rollout.data import load_world
 from rollout.sid import Sid
@@ -75,7 +76,7 @@ def expand(
     """
     _free(out)
     catalog = load_world(data).catalog
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    _, tokenizer = read_model(model, "model")
     policy = AutoModelForCausalLM.from_pretrained(model)
     texts: dict[Sid, list[str]] = {}
     if init == "text":
@@ -115,9 +116,9 @@ def merge(model: Path, adapter: Path, out: Path) -> None:
         out: folder of the merged model.
     """
     _free(out)
+    _, tokenizer = read_model(model, "model")
     base = AutoModelForCausalLM.from_pretrained(model)
     whole = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    tokenizer = AutoTokenizer.from_pretrained(model)
 
     def write(folder: Path) -> None:
         save_policy(whole, tokenizer, folder)

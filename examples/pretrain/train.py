@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from examples.pretrain.sources import RowMaker, Source, mixture, read_source
 from rl.progress import Progress
+from rl.task import read_model
 from rl.trl_sft import train_rows
 from rollout.data.problems import DataError
 
@@ -117,7 +118,7 @@ def run_stage(settings: StageSettings, progress: Progress) -> Path:
     if not settings.resume and (settings.out / "checkpoints").exists():
         raise ValueError(f"{settings.out} holds checkpoints: go on from them with resume, or name a new folder")
     set_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    _, tokenizer = read_model(settings.model, "model")
     maker = RowMaker(tokenizer, think=settings.think, all_turns=settings.all_turns, max_length=settings.max_length)
     train, valid = [], []
     for source in settings.sources:

@@ -181,6 +181,8 @@ def test_what_does_not_go(make_run: MakeTrainer, settings: dict[str, Any], promp
             make_run({**settings, **more}, trainer_of=distilling)
     with pytest.raises(ValueError, match="distill.prompts_per_step=16, but .* has 12 usable prompts"):
         make_run({**settings, "distill.prompts_per_step": 16}, trainer_of=distilling)
+    with pytest.raises(ValueError, match="distill.teacher=.*nowhere: no model and tokenizer could be read from it"):
+        make_run({**settings, "distill.teacher": str(tmp_path / "nowhere")}, trainer_of=distilling)
     (tmp_path / "bad.json").write_text(json.dumps([{"prompt": "x " * 400}, {"answer": "y"}]))
     with pytest.raises(DataError, match=r"bad\.json:1: missing-field: neither messages, prompt nor instruction"):
         make_run({**settings, "distill.prompts": str(tmp_path / "bad.json")}, trainer_of=distilling)

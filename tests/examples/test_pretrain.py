@@ -265,6 +265,8 @@ def test_bad_stages(expanded: Path, tmp_path: Path, data: Path) -> None:  # noqa
         given: dict[str, Any] = {"sources": [Source(data)], **more}
         with pytest.raises(ValueError, match=said):
             StageSettings(expanded, tmp_path / "x", **given)
+    with pytest.raises(ValueError, match="model=.*nowhere: no model and tokenizer could be read from it"):
+        stage(tmp_path / "nowhere", tmp_path / "y", data)
     base = expanded.parent / "base"
     with pytest.raises(ValueError, match="say where the new rows start with first_token"):
         stage(base, tmp_path / "y", data, train="new_rows")
