@@ -28,7 +28,7 @@ from examples.build.playlists import build_playlists
 from examples.build.preferences import ask_all, chat_api, keep_right
 from examples.build.preferences import questions as build_questions
 from examples.build.rows import LeftOut, Text, counts_of, leave_one_out, read_sequences, with_sids, write_rows
-from examples.build.tasks import CHATS, TEXTS, build_tasks
+from examples.build.tasks import CHATS, TEXTS, build_tasks, possible
 from examples.quantize.sids import SemanticIds
 from rl.progress import Progress, console, fail_clearly
 from rollout.data import load_world
@@ -132,15 +132,16 @@ def tasks(
         data: data folder.
         out: folder of the tasks.
         domain: what the items are.
-        tasks: some of the tasks that `examples/build/tasks.py` lists; all if left out.
+        tasks: some of the tasks that `examples/build/tasks.py` lists; all that the data has texts for if left out.
         think: answers start with an empty thought.
         max_history: newest items of a user that are named.
         seed: of the items that are asked for in vain.
     """
-    chosen = tuple(tasks) if tasks else (*CHATS, *TEXTS)
-    found, left = build_tasks(
-        load_world(data), out, chosen, domain=domain, think=think, max_history=max_history, seed=seed
-    )
+    loaded = load_world(data)
+    chosen = tuple(tasks) if tasks else possible(loaded.catalog)
+    for task in () if tasks else [task for task in (*CHATS, *TEXTS) if task not in chosen]:
+        console.print(f"{task} is left out: no item has the title or category that it needs", markup=False)
+    found, left = build_tasks(loaded, out, chosen, domain=domain, think=think, max_history=max_history, seed=seed)
     console.print(f"{out}: {counts_of(found, left)}", markup=False)
 
 

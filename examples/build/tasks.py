@@ -11,8 +11,9 @@
 | `user_profile` | | running text: the user's items, by name and Sid |
 | `alignment` | | running text: an item's Sid and what it is |
 
-Sids are written OpenOneRec's way, whatever the data folder's is. The catalogue's map (`items.parquet` with `pid` and
-`sid`) is written beside them, so that `rollout.data` reads the folder as OpenOneRec's.
+Sids are written OpenOneRec's way, whatever the data folder's is. Chats that are answered by an item, and the catalogue's
+map (`items.parquet` with `pid` and `sid`), are what `rl.train` reads as OpenOneRec's format; chats that are answered
+in words stand in `answers/`, running text in `text/`. `examples.pretrain` learns chats from the whole folder.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ CHATS = (
 )  # fmt: skip
 TEXTS = ("user_profile", "alignment")
 SYSTEM = "You are the recommender of a platform. Items are written as semantic ids."
+WORDS = ("label_prediction", "item_understanding", "recommendation_explanation")
+"""Chats whose answer is no item: RL on items has nothing to score there, so they have a folder of their own."""
+
 NEEDS_TITLES = ("item_understanding", "recommendation_explanation", "user_profile", "alignment")
 NEEDS_CATEGORIES = ("interactive_recommendation", "recommendation_explanation")
 
@@ -72,10 +76,9 @@ def build_tasks(
     if unknown:
         raise ValueError(f"tasks {unknown} are none of {', '.join((*CHATS, *TEXTS))}")
     catalog, left = world.catalog, LeftOut()
-    for need, column in ((NEEDS_TITLES, catalog.titles), (NEEDS_CATEGORIES, catalog.categories)):
-        lacking = [task for task in tasks if task in need]
-        if lacking and not any(column):
-            raise ValueError(f"tasks {lacking} need titles or categories, and no item has one: leave them out")
+    lacking = sorted(set(tasks) - set(possible(catalog)))
+    if lacking:
+        raise ValueError(f"tasks {lacking} need titles or categories, and no item has one: leave them out")
     maker = _Maker(catalog, domain, think, max_history, np.random.default_rng(seed))
     counts: Counter[str] = Counter()
 
@@ -83,7 +86,10 @@ def build_tasks(
         for split, records in world.splits.items():
             rows = [row for row in _rows(maker, records, tasks, left, split) if row is not None]
             counts.update(row["source"] for row in rows)
-            write_split(folder, split, rows)
+            for part, of_part in ((folder, False), (folder / "answers", True)):
+                some = [row for row in rows if (row["source"] in WORDS) == of_part]
+                if some:
+                    write_split(part, split, some)
         texts = [maker.alignment(item) for item in range(len(catalog))] if "alignment" in tasks else []
         if "user_profile" in tasks:
             texts += [maker.user_profile(record) for record in _longest(world.splits.get("train", ()))]
@@ -96,6 +102,12 @@ def build_tasks(
 
     appearing(out, write)
     return dict(counts), left
+
+
+def possible(catalog: Catalog) -> tuple[str, ...]:
+    """Tasks that a catalogue has the titles and categories for."""
+    without = {*(() if any(catalog.titles) else NEEDS_TITLES), *(() if any(catalog.categories) else NEEDS_CATEGORIES)}
+    return tuple(task for task in (*CHATS, *TEXTS) if task not in without)
 
 
 def _rows(

@@ -156,10 +156,7 @@ def detect(source: Source) -> str:
     if path.is_dir() and ((path / "format.json").exists() or list(path.glob("*.index.json"))):
         return "sequences"
     files = _parquets(path)
-    if files and "messages" in pq.read_schema(files[0]).names:
-        named = pq.read_table(files[0], columns=["messages"]).column(0)
-        return "chat" if named.null_count < len(named) else "text"
-    return "text"
+    return "chat" if any(_has_chats(file) for file in files) else "text"
 
 
 def mixture(parts: list[tuple[list[Row], float]], *, max_length: int, packing: bool, seed: int) -> Dataset:
@@ -202,8 +199,18 @@ def _parquets(path: Path) -> list[Path]:
 
 def _chats(source: Source, maker: RowMaker, _: list[Problem]) -> Iterator[tuple[str, int, Any]]:
     for file in _parquets(source.path):
+        if not _has_chats(file):
+            continue
         for number, row in enumerate(pq.read_table(file, columns=["messages"]).to_pylist()):
             yield file.name, number, lambda row=row: maker.chat(_messages(row["messages"]))
+
+
+def _has_chats(file: Path) -> bool:
+    """Whether a file has messages; running text and catalogues may stand beside chats."""
+    if "messages" not in pq.read_schema(file).names:
+        return False
+    column = pq.read_table(file, columns=["messages"]).column(0)
+    return bool(column.null_count < len(column))
 
 
 def _messages(given: Any) -> tuple[Message, ...]:

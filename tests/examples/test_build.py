@@ -22,7 +22,7 @@ from examples.build.playlists import build_playlists, expand, set_metrics
 from examples.build.preferences import ask_all, chat_api, is_right, keep_right, questions
 from examples.build.rows import LeftOut, Row, leave_one_out, with_sids
 from examples.build.shards import write_split
-from examples.build.tasks import CHATS, TEXTS, build_tasks
+from examples.build.tasks import CHATS, TEXTS, build_tasks, possible
 from examples.pretrain.sources import RowMaker, Source, read_source
 from examples.quantize.sids import SemanticIds
 from rl.tiny import build_tokenizer
@@ -236,11 +236,12 @@ def test_tasks(tmp_path: Path) -> None:
     assert found["video_recommendation"] == 48 + 10 + 12 and found["item_understanding"] == found["alignment"] == 24
     assert found["user_profile"] == 24
     assert set(left.counts) <= {"recommendation_explanation: nothing-to-say"}
-    files = sorted((tmp_path / "out").glob("train*.parquet"))
+    files = sorted((tmp_path / "out").rglob("train*.parquet"))
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     labels = Counter(json.loads(r["messages"])[-1]["content"] for r in rows if r["source"] == "label_prediction")
     assert set(labels) == {"<think>\n\n</think>\n\nyes", "<think>\n\n</think>\n\nno"} and min(labels.values()) > 10
     loaded = load_world(tmp_path / "out", "openonerec")
+    assert not loaded.problems
     tasks = Counter(record.task for record in loaded.splits["test"])
     assert tasks["video_recommendation"] == tasks["interactive_recommendation"] == 12
     mine = [record for record in loaded.splits["test"] if record.task == "video_recommendation"]
@@ -250,9 +251,13 @@ def test_tasks(tmp_path: Path) -> None:
         }
         assert len(record.history) == len(original.history) and record.user == original.user
     maker = RowMaker(build_tokenizer(onerec_format(given.catalog.format.sizes)))
+    chats, problems = read_source(Source(tmp_path / "out"), maker)
+    assert len(chats) == sum(count for task, count in found.items() if task not in TEXTS) and not problems
     texts, problems = read_source(Source(tmp_path / "out" / "text"), maker)
     assert len(texts) == 48 and not problems
     assert maker.tokenizer.decode(texts[0].input_ids).endswith("is Title 0 · even.<|eos|>")
+    lacking = {"interactive_recommendation", "recommendation_explanation"}
+    assert set(possible(given.catalog)) == {*CHATS, *TEXTS} - lacking
     rest: dict[str, Any] = {"domain": "ad", "think": False, "max_history": 5, "seed": 0}
     with pytest.raises(ValueError, match=r"tasks \['other'\] are none of"):
         build_tasks(given, tmp_path / "x", ("other",), **rest)
