@@ -11,8 +11,8 @@
 | `user_profile` | | running text: the user's items, by name and Sid |
 | `alignment` | | running text: an item's Sid and what it is |
 
-Sids are written OpenOneRec's way, whatever the data folder's is. Chats that are answered by an item, and the catalogue's
-map (`items.parquet` with `pid` and `sid`), are what `rl.train` reads as OpenOneRec's format; chats that are answered
+Sids are written OpenOneRec's way, whatever the data folder's is. Chats that are answered by an item, and the map of
+the catalogue (`items.parquet` with `pid` and `sid`), are what `rl.train` reads as OpenOneRec's format; chats answered
 in words stand in `answers/`, running text in `text/`. `examples.pretrain` learns chats from the whole folder.
 """
 
