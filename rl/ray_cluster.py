@@ -119,10 +119,12 @@ def with_gpu_shares(config: RunConfig, gpus: float) -> RunConfig:
     processes = config.rollout.num_engines + 1 + config.distill.teachers
     share = 1.0 if gpus >= processes else int(100 * gpus / processes) / 100
     trainer, engine = config.ray.trainer_gpus, config.rollout.gpus_per_engine
-    teacher = config.distill.gpus_per_teacher
+    distill = config.distill
+    if distill.teachers and distill.gpus_per_teacher < 0:
+        distill = replace(distill, gpus_per_teacher=share)
     return replace(
         config,
         ray=replace(config.ray, trainer_gpus=share if trainer < 0 else trainer),
         rollout=replace(config.rollout, gpus_per_engine=share if engine < 0 else engine),
-        distill=replace(config.distill, gpus_per_teacher=share if teacher < 0 else teacher),
+        distill=distill,
     )

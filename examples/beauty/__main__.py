@@ -48,7 +48,7 @@ def run(known: argparse.Namespace, more: list[str]) -> dict[str, dict[str, Any]]
         if not done.exists():
             run_module(module, options, log)
 
-    codes = ["--quantizer.levels", "2", "--quantizer.codes", "8"] if tiny else []
+    codes = ["--quantizer.levels", "2", "--quantizer.codes", "8", "--dimensions", "8"] if tiny else []
     few = ["--settings.max_steps", "4", "--settings.evaluate_every", "2", "--settings.save_every", "2"] if tiny else []
     small = {"rl.steps": 2, "rl.prompts_per_step": 8, "rl.micro_batch_groups": 4, "rollout.group_size": 4}
     small |= {"eval.max_samples": 40, "eval.bootstrap": 10, "eval.beam_width": 10, "eval.unconstrained_samples": 8}
