@@ -18,7 +18,7 @@ from distill.losses import Divergence
 from distill.ray_teachers import Teachers
 from distill.scoring import Teacher, TextLoss, Told, text_loss
 from distill.vocabulary import SharedVocabulary, text_before_items
-from rl.batch import Batch, pad_rows
+from rl.batch import Batch, prompted_rows
 from rl.general import General, TextPrompt, read_general, tokenise_general
 from rl.task import Task, read_model, refuse_bad_rows
 from rollout.hf_engine import open_policy
@@ -109,14 +109,8 @@ class Distiller:
         of; from teachers in processes of their own `text_columns` and `text_logps` [B, T, K], `text_written` [B, T].
         """
         rows = [(prompt, text) for prompt, texts in zip(written.prompts, written.texts, strict=True) for text in texts]
-        pad = self.tokenizer.pad_token_id
-        parts = [pad_rows([prompt for prompt, _ in rows], pad, left=True), pad_rows([text for _, text in rows], pad)]
-        masks = [
-            pad_rows([[1] * len(prompt) for prompt, _ in rows], 0, left=True),
-            pad_rows([[1] * len(text) for _, text in rows], 0),
-        ]
-        ids, mask = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
-        length = parts[1].shape[1]
+        prompts, texts = zip(*rows, strict=True)
+        ids, mask, length = prompted_rows(prompts, texts, self.tokenizer.pad_token_id)
         text, item = text_before_items(self.shared.column_of(ids[:, -length:]), mask[:, -length:].bool())
         counted = int(text.sum()) + int(item.sum()) * (self.settings.item_tokens == "punish")
         named = {"ids": ids, "mask": mask, "length": torch.tensor(length), "counted": torch.tensor(max(counted, 1))}

@@ -18,7 +18,7 @@ import torch
 
 from configs.schema import ModelConfig
 from distill.vocabulary import SharedVocabulary
-from rl.batch import pad_rows
+from rl.batch import prompted_rows
 from rl.scoring import CHUNK, hidden_states
 from rollout.hf_engine import open_policy
 from rollout.output_layer import OutputLayer
@@ -86,13 +86,12 @@ class HFTeacher:
 
     def _known(self, rows: list[tuple[Ids, Ids]]) -> list[Known]:
         device, pad = self.model.device, int(self.shared.ids[0])
-        parts = [pad_rows([row[0] for row in rows], pad, left=True), pad_rows([row[1] for row in rows], pad)]
-        ones = [[[1] * len(row[side]) for row in rows] for side in (0, 1)]
-        masks = [pad_rows(ones[0], 0, left=True), pad_rows(ones[1], 0)]
-        length, written_BT = parts[1].shape[1], masks[1].bool()
-        ids, mask = (torch.cat(pair, dim=1).to(device) for pair in (parts, masks))
-        hidden_ND = hidden_states(self.model, ids, mask, length, group=None)[written_BT.to(device)]
-        columns_N, head, found = self.shared.column_of(parts[1])[written_BT].to(device), OutputLayer(self.model), []
+        prompts, texts = zip(*rows, strict=True)
+        ids, mask, length = prompted_rows(prompts, texts, pad)
+        ids, mask = ids.to(device), mask.to(device)
+        written_BT = mask[:, -length:].bool()
+        hidden_ND = hidden_states(self.model, ids, mask, length, group=None)[written_BT]
+        columns_N, head, found = self.shared.column_of(ids[:, -length:][written_BT]), OutputLayer(self.model), []
         size = max(1, CHUNK // self.shared.stop)
         for some_ND, some_N in zip(hidden_ND.split(size), columns_N.split(size), strict=True):
             logits_NV = self.shared.columns(head.logits(some_ND, 0, self.shared.stop)).float() / self.temperature
@@ -100,5 +99,5 @@ class HFTeacher:
             top = logps_NV.topk(min(self.top_k, logps_NV.shape[1]), dim=1)
             found.append((top.indices.int().cpu(), top.values.cpu(), logps_NV.gather(1, some_N[:, None])[:, 0].cpu()))
         whole = [torch.cat(part).numpy() for part in zip(*found, strict=True)]
-        ends = np.cumsum([len(row[1]) for row in rows])[:-1]
+        ends = np.cumsum([len(text) for text in texts])[:-1]
         return [Known(*parts) for parts in zip(*(np.split(part, ends) for part in whole), strict=True)]

@@ -76,9 +76,7 @@ class Distilling(_Base):
         others = super().further_loss(inputs, scores, target_logps_MT)
         if f"{PREFIX}ids" not in inputs:
             return others
-        share = (
-            self.current_gradient_accumulation_steps
-        )  # what is returned here is divided by it; this is a share already
+        share = self.current_gradient_accumulation_steps  # the caller divides by it, and this is a share already
         mine = self.config.distill.weight * share * self._text_loss(self.model, inputs).loss
         return mine if others is None else mine + others
 

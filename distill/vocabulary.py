@@ -77,9 +77,13 @@ class SharedVocabulary:
 
     def column_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Column of each token, -1 where it is not shared."""
+        return self._columns.to(tokens.device)[tokens]
+
+    @cached_property
+    def _columns(self) -> torch.Tensor:
         table = torch.full((self.student_size,), -1)
         table[torch.from_numpy(self.ids)] = torch.arange(len(self.ids))
-        return table.to(tokens.device)[tokens]
+        return table
 
 
 def text_before_items(columns_BT: torch.Tensor, written_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

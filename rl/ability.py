@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rl.batch import evaluating, pad_rows
+from rl.batch import evaluating, prompted_rows
 from rl.general import TextPrompt
 from rl.scoring import CHUNK, hidden_states, in_chunks
 from rollout.output_layer import OutputLayer
@@ -44,18 +44,10 @@ def general_ability(model: torch.nn.Module, rows: Sequence[TextPrompt], pad: int
     with evaluating(model):
         for start in range(0, len(ordered), batch):
             some = ordered[start : start + batch]
-            parts = [
-                pad_rows([row.prompt_ids for row in some], pad, left=True),
-                pad_rows([row.answer_ids for row in some], pad),
-            ]
-            masks = [
-                pad_rows([[1] * len(row.prompt_ids) for row in some], 0, left=True),
-                pad_rows([[1] * len(row.answer_ids) for row in some], 0),
-            ]
-            ids, mask = torch.cat(parts, dim=1).to(device), torch.cat(masks, dim=1).to(device)
-            written_BT = masks[1].bool().to(device)
-            hidden_BTD = hidden_states(model, ids, mask, written_BT.shape[1], group=None)
-            tokens_BT = ids[:, -written_BT.shape[1] :]
+            ids, mask, length = prompted_rows([row.prompt_ids for row in some], [row.answer_ids for row in some], pad)
+            ids, mask = ids.to(device), mask.to(device)
+            written_BT, tokens_BT = mask[:, -length:].bool(), ids[:, -length:]
+            hidden_BTD = hidden_states(model, ids, mask, length, group=None)
             found_N2 = in_chunks(told, (hidden_BTD[written_BT], tokens_BT[written_BT]), max(1, CHUNK // vocab))
             nll -= float(found_N2[:, 0].double().sum())
             count += len(found_N2)

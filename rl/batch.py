@@ -204,6 +204,18 @@ def _with_targets(batch: Batch, group: int) -> Batch:
     }
 
 
+def prompted_rows(
+    prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], pad: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Left-padded prompts followed by right-padded texts [B, P + T], the mask of real tokens, and T."""
+    ids = [pad_rows(prompts, pad, left=True), pad_rows(texts, pad)]
+    masks = [
+        pad_rows([[1] * len(prompt) for prompt in prompts], 0, left=True),
+        pad_rows([[1] * len(text) for text in texts], 0),
+    ]
+    return torch.cat(ids, dim=1), torch.cat(masks, dim=1), ids[1].shape[1]
+
+
 def pad_rows(rows: Sequence[Sequence[float]], value: float, left: bool = False) -> torch.Tensor:
     """Rows of unequal length as one tensor, filled up with `value`."""
     longest = max(map(len, rows))
