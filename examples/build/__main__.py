@@ -30,6 +30,7 @@ from examples.build.preferences import questions as build_questions
 from examples.build.rows import LeftOut, Text, counts_of, leave_one_out, read_sequences, with_sids, write_rows
 from examples.build.tasks import CHATS, TEXTS, build_tasks, possible
 from examples.quantize.sids import SemanticIds
+from examples.stages import tell_checks
 from rl.progress import Progress, console, fail_clearly
 from rollout.data import load_world
 
@@ -109,12 +110,7 @@ def check_kling(folder: Path) -> None:
     Args:
         folder: what `kling` has written.
     """
-    wrong = 0
-    for name, problem in checks_of_kling(folder):
-        console.print(f"{'wrong' if problem else 'right':6} {name}{': ' + problem if problem else ''}", markup=False)
-        wrong += bool(problem)
-    if wrong:
-        raise SystemExit(1)
+    tell_checks(checks_of_kling(folder))
 
 
 def tasks(

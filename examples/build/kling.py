@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from examples.build.rows import LeftOut, appearing, leave_one_out
+from examples.build.rows import LeftOut, leave_one_out, write_data
 from examples.build.shards import chat, write_split
+from examples.stages import appearing
 from rl.cache import write_json
 from rollout.catalog import Catalog
-from rollout.data.native import write_world
 from rollout.data.problems import DataError
-from rollout.data.world import World
+from rollout.data.rows import Splits
 from rollout.sid import SidFormat, onerec_format
 from rollout.types import Record
 
@@ -196,7 +196,7 @@ def build_kling(file: Path, out: Path, *, seed: int = 0) -> tuple[dict[str, int]
             write_split(folder / "sid_prediction", name, predictions)
             reasons = [_reasoning(log, row.user, row.history, row.targets[0]) for row in some]
             write_split(folder / "reasoning", name, reasons)
-        write_world(_world(log, splits), folder / "world")
+        write_data(*_catalog_and_rows(log, splits), folder / "world")
         log.left.write(folder, found)
 
     appearing(out, write)
@@ -243,7 +243,7 @@ def _reasoning(log: Log, user: str, history: Sequence[str], target: str) -> dict
     return chat("reasoning", SYSTEM, f"{asked}\nWhich one is next?", answer, think=False, user=user)
 
 
-def _world(log: Log, splits: Mapping[str, Sequence[Any]]) -> World:
+def _catalog_and_rows(log: Log, splits: Mapping[str, Sequence[Any]]) -> tuple[Catalog, Splits]:
     names = list(log.works)
     index = {item: row for row, item in enumerate(names)}
     works = list(log.works.values())
@@ -258,7 +258,7 @@ def _world(log: Log, splits: Mapping[str, Sequence[Any]]) -> World:
         )
         for name, rows in splits.items()
     }
-    return World(catalog, made, (), "sidrl")
+    return catalog, made
 
 
 def check_kling(folder: Path) -> Iterator[tuple[str, str]]:

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.build.rows import LeftOut, sid_format
+from examples.build.rows import LeftOut, sid_format, write_data
 from examples.quantize.sids import SemanticIds
 from rollout.catalog import Catalog
 from rollout.data.files import read_lines
-from rollout.data.native import write_world
 from rollout.data.problems import DataError
-from rollout.data.world import World
 from rollout.types import Record
 
 TASK = "playlist"
@@ -61,7 +59,7 @@ def build_playlists(
     splits = {
         name: tuple(records[row] for row in part) for name, part in zip(("train", "valid", "test"), parts, strict=True)
     }
-    write_world(World(catalog, splits, (), "sidrl"), out)
+    write_data(catalog, splits, out)
     clusters = sids.clusters
     found = {"songs": len(catalog), "concepts": len(clusters), "songs of the largest": int(clusters[0])}
     return found | {name: len(some) for name, some in splits.items()}, left

@@ -8,9 +8,8 @@ own format of it once `examples.quantize` has made Sids of the items.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from examples.quantize.sids import SemanticIds
+from examples.stages import appearing
 from rl.cache import write_json
 from rollout.catalog import Catalog
-from rollout.data.files import read_parquet
+from rollout.data.files import read_lines, read_parquet
 from rollout.data.native import write_world
 from rollout.data.problems import DataError, Problem
+from rollout.data.rows import Splits, with_popularity
 from rollout.data.world import World
 from rollout.sid import SidFormat, letters_format, onerec_format
 from rollout.types import Record
@@ -68,24 +69,6 @@ class Row:
     user: str
     history: tuple[str, ...]
     targets: tuple[str, ...]
-
-
-def appearing(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder that appears whole or not at all.
-
-    Raises:
-        DataError: when it is there already.
-    """
-    if out.exists():
-        raise DataError(f"{out}: exists already; remove it or write elsewhere")
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        write(unfinished)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_rows(
@@ -169,15 +152,17 @@ def with_sids(rows: Path, sids: SemanticIds, out: Path, style: str = "letters") 
         file = rows / f"{name}.parquet"
         if file.exists():
             splits[name] = tuple(_records(file, catalog))
-    popularity_N = np.bincount(
-        [item for record in splits.get("train", ()) for item in record.targets], minlength=len(catalog)
-    )
-    catalog = Catalog(
-        catalog.format, catalog.item_ids, catalog.codes_NL, catalog.titles, catalog.categories,
-        popularity_N.astype(np.float64),
-    )  # fmt: skip
-    write_world(World(catalog, splits, (), "sidrl"), out)
+    write_data(catalog, splits, out)
     return {"items": len(catalog), **{name: len(records) for name, records in splits.items()}}
+
+
+def write_data(catalog: Catalog, splits: Splits, out: Path) -> None:
+    """Write a data folder; an item is as popular as it is often a target of train rows.
+
+    Raises:
+        DataError: when it is there already.
+    """
+    write_world(World(with_popularity(catalog, splits), splits, (), "sidrl"), out)
 
 
 def _records(file: Path, catalog: Catalog) -> Iterable[Record]:
@@ -195,8 +180,6 @@ def read_sequences(file: Path, left: LeftOut) -> dict[str, list[str]]:
     Raises:
         DataError: when the file cannot be read.
     """
-    from rollout.data.files import read_lines
-
     sequences: dict[str, list[str]] = {}
     for number, line in read_lines(file):
         user, *items = line.split()

@@ -19,6 +19,7 @@ SPACE = uuid.UUID("6f4e6a52-6d0e-4c3c-9a52-5f1d6c1d1e0a")
 """Names of rows are made from their content in this space, so that the same data gives the same files."""
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"
+"""What Qwen3 writes where it does not think."""
 
 
 def chat(source: str, system: str, asked: str, answer: str, *, think: bool, **metadata: Any) -> dict[str, Any]:

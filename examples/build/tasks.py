@@ -27,8 +27,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from examples.build.rows import LeftOut, appearing
+from examples.build.rows import LeftOut
 from examples.build.shards import chat, write_split
+from examples.stages import appearing
 from rollout.catalog import Catalog
 from rollout.data.world import World
 from rollout.sid import onerec_format

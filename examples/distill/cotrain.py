@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from configs.load import parse_run
+from examples.stages import appearing
 from rl.general import read_general, tokenise_general
 from rl.progress import Progress, fail_clearly
 from rl.task import load_data, rl_and_warmup_rows, tokenise
@@ -42,10 +42,7 @@ def main(folder: Path, tasks: Path, seed: int) -> None:
             model, tokenizer, train, valid, decoder, settings, Path(scratch), seed=seed,
             report=lambda step, steps, logs: progress.update("co-training", step, steps, logs), general=general,
         )  # fmt: skip
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_policy(model, tokenizer, unfinished)
-    unfinished.rename(folder)
+    appearing(folder, lambda unfinished: save_policy(model, tokenizer, unfinished))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from examples.pretrain.checks import check_model
-from examples.pretrain.train import EXPANSION, StageSettings, run_stage, save_whole
+from examples.pretrain.train import EXPANSION, StageSettings, run_stage
 from examples.pretrain.vocabulary import expand_vocabulary
+from examples.stages import appearing, tell_checks
 from rl.progress import Progress, console, fail_clearly
 from rl.quiet import quiet_libraries
 from rl.task import read_model
@@ -49,7 +50,7 @@ def new(
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(None)
     model = build_model(tokenizer, hidden_size=hidden_size, layers=layers, heads=heads, dropout=dropout)
-    save_whole(out, lambda folder: save_policy(model, tokenizer, folder))
+    appearing(out, lambda folder: save_policy(model, tokenizer, folder))
     console.print(f"{model.num_parameters() / 1e6:.2f}M parameters in {out}", markup=False)
 
 
@@ -91,7 +92,7 @@ def expand(
         save_policy(policy, tokenizer, folder)
         (folder / EXPANSION).write_text(json.dumps(asdict(added)))
 
-    save_whole(out, write)
+    appearing(out, write)
     console.print(f"{added.tokens:,} tokens from id {added.first:,} on, {added.rows:,} rows, in {out}", markup=False)
 
 
@@ -125,7 +126,7 @@ def merge(model: Path, adapter: Path, out: Path) -> None:
         if (model / EXPANSION).exists():
             (folder / EXPANSION).write_text((model / EXPANSION).read_text())
 
-    save_whole(out, write)
+    appearing(out, write)
     console.print(f"merged model in {out}", markup=False)
 
 
@@ -137,12 +138,7 @@ def test(model: Path, data: Path, same_as: Path | None = None) -> None:
         data: data folder it is to recommend from.
         same_as: another folder of what should be the same model, such as the one it was converted from.
     """
-    wrong = 0
-    for name, problem in check_model(model, data, same_as):
-        console.print(f"{'wrong' if problem else 'right':6} {name}{': ' + problem if problem else ''}", markup=False)
-        wrong += bool(problem)
-    if wrong:
-        raise SystemExit(1)
+    tell_checks(check_model(model, data, same_as))
 
 
 def _free(out: Path) -> None:

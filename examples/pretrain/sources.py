@@ -17,16 +17,13 @@ import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
+from examples.build.shards import NO_THOUGHT
 from rl.general import read_general
 from rl.trl_sft import IGNORED, packed
 from rollout.data import load_world
 from rollout.data.problems import BadRow, DataError, Problem
 from rollout.data.rows import chat_messages
 from rollout.types import Message
-
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-NO_THOUGHT = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
-"""What Qwen3 writes where it does not think."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class RowMaker:
 
     def _thinking(self, message: Message) -> Message:
         said = message["content"]
-        if not self.think or message["role"] != "assistant" or THINK_OPEN in said:
+        if not self.think or message["role"] != "assistant" or "<think>" in said:
             return message
         return {"role": "assistant", "content": NO_THOUGHT + said}
 

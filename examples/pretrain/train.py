@@ -6,7 +6,6 @@ One function serves all of them: what differs is what may change, and what is re
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 from transformers.integrations import TensorBoardCallback
 
 from examples.pretrain.sources import RowMaker, Source, mixture, read_source
+from examples.stages import appearing
 from rl.progress import Progress
 from rl.task import read_model
 from rl.trl_sft import train_rows
@@ -159,7 +159,8 @@ def run_stage(settings: StageSettings, progress: Progress) -> Path:
         seed=settings.seed, data_seed=settings.seed,
     )  # fmt: skip
     whole = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
-    return save_whole(final, lambda folder: _save(whole, tokenizer, settings, folder))
+    appearing(final, lambda folder: _save(whole, tokenizer, settings, folder))
+    return final
 
 
 def trainable(model: PreTrainedModel, settings: StageSettings) -> PreTrainedModel | PeftModel:
@@ -207,14 +208,6 @@ def describe(model: torch.nn.Module) -> str:
     free = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     return f"{free / 1e6:.2f}M of {total / 1e6:.2f}M parameters train"
-
-
-def save_whole(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a folder, which appears whole or not at all."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    write(unfinished)
-    return unfinished.rename(folder)
 
 
 def _save(model: PreTrainedModel, tokenizer: object, settings: StageSettings, folder: Path) -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from examples.build.shards import NO_THOUGHT
 from examples.pretrain.__main__ import expand, merge
 from examples.pretrain.__main__ import new as make_new
 from examples.pretrain.__main__ import test as check
 from examples.pretrain.checks import check_model
-from examples.pretrain.sources import NO_THOUGHT, Row, RowMaker, Source, mixture, read_source
+from examples.pretrain.sources import Row, RowMaker, Source, mixture, read_source
 from examples.pretrain.train import StageSettings, run_stage
 from examples.pretrain.vocabulary import expand_vocabulary
 from rl.progress import Progress
